@@ -1,0 +1,36 @@
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h') CMakeLists.txt setup.py
+JOBS ?= 2
+
+.PHONY: demo test bench lint clean
+
+demo: $(VENV)/.built
+	$(BIN)/swag-lora demo
+
+test: $(VENV)/.built
+	$(BIN)/pytest -n $(JOBS) --dist worksteal
+
+bench: $(VENV)/.built
+	$(BIN)/pytest benchmarks -p no:xdist --benchmark-only --benchmark-disable-gc -s
+
+lint: $(VENV)/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch comes first and pinned, so that no dependency pulls another build of it.
+$(VENV)/.dependencies: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $$(grep '^torch==' constraints.txt)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,data,dev]'
+	touch $@
+
+$(VENV)/.built: $(VENV)/.dependencies $(NATIVE)
+	$(BIN)/pip install --quiet --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info swag_kernels/*.so

@@ -1,0 +1,89 @@
+"""The running average of class probabilities over posterior samples, in O(B·C) memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class AverageState:
+    """What :func:`swag_kernels.bayes_average_` accumulates for ``batch`` rows of ``num_classes`` classes.
+
+    ========== ========== ============================================================================
+    ``log_sum`` ``[B, C]`` log Σ_s p_s, in nats; −inf before the first sample
+    ``m2``      ``[B, C]`` sum of squared deviations of the draws' probabilities from their mean
+    ``votes``   ``[B, C]`` how many samples had this class as their argmax
+    ``mean_entropy`` ``[B]`` mean of the samples' own entropies, in nats
+    ``count``   scalar     samples seen, int64
+    ========== ========== ============================================================================
+
+    A *draw* is one independent sample, or with ``antithetic=True`` the average of the pair 2j, 2j+1: the standard error
+    counts draws, because the two members of a pair are not independent.
+    """
+
+    batch: int
+    num_classes: int
+    device: torch.device | str = "cpu"
+    antithetic: bool = False
+    dtype: torch.dtype = torch.float32
+    log_sum: Tensor = field(init=False, repr=False)
+    m2: Tensor = field(init=False, repr=False)
+    votes: Tensor = field(init=False, repr=False)
+    mean_entropy: Tensor = field(init=False, repr=False)
+    count: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        shape = (self.batch, self.num_classes)
+        self.log_sum = torch.full(shape, -torch.inf, dtype=self.dtype, device=self.device)
+        self.m2 = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self.votes = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self.mean_entropy = torch.zeros(self.batch, dtype=self.dtype, device=self.device)
+        self.count = torch.zeros((), dtype=torch.int64, device=self.device)
+
+    @property
+    def group(self) -> int:
+        """Samples in one draw."""
+        return 2 if self.antithetic else 1
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.count)
+
+    def log_probs(self) -> Tensor:
+        """``log (1/S Σ_s p_s)``, ``[B, C]``: the log of the mean of softmax, never the softmax of a mean."""
+        return self.log_sum - self._samples().log()
+
+    def probs(self) -> Tensor:
+        """``1/S Σ_s p_s``, ``[B, C]``."""
+        return self.log_probs().exp()
+
+    def entropy(self) -> Tensor:
+        """Predictive entropy ``H[p̄]``, ``[B]``, in nats."""
+        return torch.special.entr(self.probs()).sum(-1)
+
+    def expected_entropy(self) -> Tensor:
+        """``1/S Σ_s H[p_s]``, ``[B]``, in nats: the part of the entropy that more data about the weights cannot remove."""
+        self._samples()
+        return self.mean_entropy
+
+    def mutual_information(self) -> Tensor:
+        """``H[p̄] − 1/S Σ_s H[p_s]``, ``[B]``, in nats, at least 0 (Houlsby et al. 2011, eq. 1)."""
+        return (self.entropy() - self.expected_entropy()).clamp(min=0)
+
+    def disagreement(self) -> Tensor:
+        """Fraction of samples whose argmax is not the argmax of the averaged probabilities, ``[B]``."""
+        chosen = self.log_sum.argmax(-1, keepdim=True)
+        return 1 - self.votes.gather(-1, chosen).squeeze(-1) / self._samples()
+
+    def std_error(self) -> Tensor:
+        """Monte-Carlo standard error of each averaged probability, ``√(m2 / (n(n−1)))`` over n draws, ``[B, C]``; NaN for one draw."""
+        draws = self._samples() / self.group
+        return (self.m2 / (draws * (draws - 1))).sqrt()
+
+    def _samples(self) -> Tensor:
+        if not self.num_samples:
+            raise RuntimeError("no samples averaged yet: pass logits [S, B, C] to swag_kernels.bayes_average_ first")
+        return self.count.to(self.dtype)

@@ -1,0 +1,93 @@
+"""Which back end serves which device, and how a user overrides it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+
+import torch
+
+BACKENDS = {"cpu": "native", "reference": "reference"}
+"""Back ends by name, and the module of this package that holds each one's ops."""
+
+_PREFERENCE = {"cpu": ("cpu", "reference")}
+_DEFAULT = ("reference",)
+
+OPS = ("collect_", "draw", "sampled_lora", "sampled_lora_", "sampled_lora_backward", "bayes_average_")
+
+_forced: ContextVar[str | None] = ContextVar("swag_kernels_backend", default=None)
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} names the back end '{name}'; known are: {', '.join(BACKENDS)}")
+    return name
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Serve every op inside the block by the back end ``name``, whatever the device's own choice would be.
+
+    The environment variable ``SWAG_KERNELS_BACKEND`` does the same for a whole process.
+    """
+    token = _forced.set(_check_name(name, "swag_kernels.backend(...)"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _missing(name: str) -> str | None:
+    """Why the back end cannot run here, or None if it can."""
+    return getattr(importlib.import_module(f"swag_kernels.{BACKENDS[name]}"), "missing", lambda: None)()
+
+
+def choose(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """Name of the back end that an op on this device and dtype will use. float64 is always the reference's."""
+    forced = _forced.get()
+    if forced is None and (value := os.environ.get("SWAG_KERNELS_BACKEND")):
+        forced = _check_name(value, "SWAG_KERNELS_BACKEND")
+    if dtype == torch.float64:
+        return "reference"
+    if forced is not None:
+        if forced not in _PREFERENCE.get(device.type, _DEFAULT):
+            raise RuntimeError(f"the back end '{forced}' does not serve tensors on {device}; use backend('reference')")
+        if reason := _missing(forced):
+            raise RuntimeError(f"the back end '{forced}' is not available: {reason}")
+        return forced
+    reasons = []
+    for name in _PREFERENCE.get(device.type, _DEFAULT):
+        reason = _missing(name)
+        if reason is None:
+            break
+        reasons.append(f"'{name}' is not available: {reason}")
+    if reasons:
+        warnings.warn(f"swag_kernels runs on the slow '{name}' back end; {'; '.join(reasons)}", RuntimeWarning, stacklevel=2)
+    return name
+
+
+def select(device: torch.device, dtype: torch.dtype = torch.float32) -> ModuleType:
+    """Module whose functions serve an op on this device and dtype."""
+    return importlib.import_module(f"swag_kernels.{BACKENDS[choose(device, dtype)]}")
+
+
+def info() -> None:
+    """Print what was built, what was found, and what each op will use on each device."""
+    from swag_kernels import __version__, native
+
+    print(f"swag_kernels {__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    for name in BACKENDS:
+        print(f"  back end {name}: {_missing(name) or 'available'}")
+    if native.missing() is None:
+        sets = native.supported_isas()
+        print(f"  instruction set {native.isa()} (available: {', '.join(sets)}), OpenMP {'on' if native.openmp() else 'off'}")
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    for device in devices:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            print(f"  on {device}: {', '.join(f'{op} → {choose(device)}' for op in OPS)}; float64 → reference")

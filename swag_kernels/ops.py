@@ -1,0 +1,363 @@
+"""The four ops: schemas, fakes, argument checks and dispatch. The one place where an op is declared.
+
+The maths of each op stands in :mod:`swag_kernels.reference`; :mod:`swag_kernels.backend` picks who computes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from swag_kernels.average import AverageState
+from swag_kernels.backend import select
+from swag_kernels.layout import BLOCK, check_layout
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_UINT64 = 2**64
+
+_library = torch.library.Library("swag_kernels", "DEF")
+_library.define(
+    "collect_(Tensor[] params, Tensor(a!) mean, Tensor(b!) m2, Tensor(c!)? deviations, Tensor(d!) count, Tensor layout) -> ()"
+)
+_library.define(
+    "draw(Tensor mean, Tensor std, Tensor? deviations, SymInt num_samples, *, int seed, SymInt first_sample, "
+    "float diag_scale, float low_rank_scale, bool antithetic, Tensor layout, ScalarType dtype) -> Tensor"
+)
+_library.define("sampled_lora(Tensor x, Tensor A, Tensor B, float scaling, Tensor base) -> Tensor")
+_library.define("sampled_lora_(Tensor x, Tensor A, Tensor B, float scaling, Tensor(a!) base) -> ()")
+_library.define("sampled_lora_backward(Tensor grad, Tensor x, Tensor A, Tensor B, float scaling) -> (Tensor, Tensor, Tensor)")
+_library.define(
+    "bayes_average_(Tensor(a!) log_sum, Tensor(b!) m2, Tensor(c!) votes, Tensor(d!) entropy, Tensor(e!) count, "
+    "Tensor logits, int group) -> ()"
+)
+_ops = torch.ops.swag_kernels
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _check_arena(op: str, size: int, device: torch.device, **buffers: Tensor | None) -> None:
+    _require(size % BLOCK == 0, f"{op}: the arena's size {size} is not a multiple of {BLOCK}; use swag_kernels.arena_size(layout)")
+    for name, buffer in buffers.items():
+        if buffer is None:
+            continue
+        _require(
+            buffer.dtype in (torch.float32, torch.float64) and buffer.is_contiguous() and buffer.device == device,
+            f"{op}: {name} must be contiguous float32 on {device}, got {buffer.dtype} on {buffer.device}",
+        )
+        _require(buffer.shape[-1:] == (size,), f"{op}: {name} has shape {list(buffer.shape)}, its last size must be {size}")
+
+
+def collect_(
+    params: Sequence[Tensor], mean: Tensor, m2: Tensor, deviations: Tensor | None, count: Tensor, layout: Tensor
+) -> None:
+    """Add the current parameters to the running moments, in one pass over all tensors.
+
+    With n = ``count`` and θ the parameter in float32 (Welford 1962; SWAG: Maddox et al. 2019, Algorithm 1)::
+
+        δ = θ − mean;  mean += δ/(n+1);  m2 += δ·(θ − mean);  deviations[n mod R] = θ − mean;  count = n + 1
+
+    Args:
+        params: T tensors of float32, bfloat16 or float16, of any shape and stride, in the layout's order.
+        mean, m2: float32 ``[N]``, updated in place.
+        deviations: float32 ``[R, N]``, of which row n mod R is overwritten; None keeps no deviations.
+        count: int64 scalar on the arena's device, increased by one.
+        layout: int64 ``[T, 3]`` on the CPU, see :mod:`swag_kernels.layout`.
+
+    Nothing is allocated for contiguous parameters. Non-finite parameters are not looked for here.
+
+    Raises:
+        ValueError: a size, dtype or device does not fit; nothing was written.
+    """
+    with torch.no_grad():
+        _ops.collect_(list(params), mean, m2, deviations, count, layout)
+
+
+def _collect_impl(
+    params: list[Tensor], mean: Tensor, m2: Tensor, deviations: Tensor | None, count: Tensor, layout: Tensor
+) -> None:
+    _check_arena("collect_", mean.numel(), mean.device, mean=mean, m2=m2, deviations=deviations)
+    _require(mean.dim() == 1 and m2.dim() == 1, "collect_: mean and m2 are flat buffers [N]")
+    _require(deviations is None or deviations.dim() == 2, "collect_: deviations must be [R, N]")
+    _require(count.dtype == torch.int64 and count.dim() == 0, "collect_: count must be an int64 scalar tensor")
+    rows = check_layout(layout, mean.numel())
+    _require(len(rows) == len(params), f"collect_: {len(params)} parameters for a layout of {len(rows)} tensors")
+    for index, (param, (_, numel, _)) in enumerate(zip(params, rows, strict=True)):
+        _require(
+            param.numel() == numel and param.dtype in _FLOATS and param.device == mean.device,
+            f"collect_: parameter {index} is {param.dtype} {list(param.shape)} on {param.device}; the layout has "
+            f"{numel} elements there, on {mean.device}",
+        )
+    if deviations is not None and not len(deviations):
+        deviations = None
+    select(mean.device, _widest(mean, *params)).collect_(params, mean, m2, deviations, count, layout)
+
+
+def _widest(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def draw(
+    mean: Tensor,
+    std: Tensor,
+    deviations: Tensor | None,
+    num_samples: int,
+    *,
+    seed: int,
+    first_sample: int,
+    diag_scale: float,
+    low_rank_scale: float,
+    antithetic: bool,
+    layout: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Draw ``num_samples`` samples of a Gaussian with diagonal plus low-rank covariance, reading its state once.
+
+    ``w_s = mean + diag_scale · std ⊙ ε_s + low_rank_scale · deviationsᵀ z_s`` with ``ε_s ~ N(0, I_N)`` and one
+    ``z_s ~ N(0, I_R)`` for all tensors (Maddox et al. 2019, eq. 1, whose ``1/√(R−1)`` and ``1/√2`` the caller folds into the scales).
+
+    Sample k is a pure function of (mean, std, deviations, seed, k): normals come from Philox4x32-10 (Salmon et al. 2011)
+    keyed by ``seed`` at the counter ``(quad, sample, tensor, stream)`` and Box–Muller, see :mod:`swag_kernels.reference`.
+    With ``antithetic`` samples 2j and 2j+1 are ``mean ± d`` with the d of sample j.
+
+    Args:
+        mean, std: float32 ``[N]``.
+        deviations: float32 ``[R, N]``, the rows in use; None for a diagonal covariance.
+        num_samples: S ≥ 1.
+        seed: 0 ≤ seed < 2⁶⁴.
+        first_sample: index of the first sample; first_sample + S ≤ 2³².
+        layout: int64 ``[T, 3]`` on the CPU, see :mod:`swag_kernels.layout`.
+        dtype: float32, bfloat16 or float16.
+
+    Returns:
+        ``[S, N]``; elements between the layout's segments are zero.
+
+    Raises:
+        ValueError: an argument does not fit.
+    """
+    _require(0 <= seed < _UINT64, f"draw: seed must lie in [0, 2**64), got {seed}")
+    signed = seed - _UINT64 if seed >= _UINT64 // 2 else seed
+    return _ops.draw(
+        mean,
+        std,
+        deviations,
+        num_samples,
+        seed=signed,
+        first_sample=first_sample,
+        diag_scale=diag_scale,
+        low_rank_scale=low_rank_scale,
+        antithetic=antithetic,
+        layout=layout,
+        dtype=dtype,
+    )
+
+
+def _draw_impl(
+    mean: Tensor,
+    std: Tensor,
+    deviations: Tensor | None,
+    num_samples: int,
+    *,
+    seed: int,
+    first_sample: int,
+    diag_scale: float,
+    low_rank_scale: float,
+    antithetic: bool,
+    layout: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    _check_arena("draw", mean.numel(), mean.device, mean=mean, std=std, deviations=deviations)
+    _require(mean.dim() == 1 and std.dim() == 1, "draw: mean and std are flat buffers [N]")
+    _require(deviations is None or deviations.dim() == 2, "draw: deviations must be [R, N]")
+    _require(num_samples >= 1, f"draw: num_samples must be at least 1, got {num_samples}")
+    _require(
+        0 <= first_sample and first_sample + num_samples <= 2**32,
+        f"draw: samples {first_sample} to {first_sample + num_samples} lie outside [0, 2**32]",
+    )
+    _require(dtype in _FLOATS, f"draw: dtype must be float32, bfloat16 or float16, got {dtype}")
+    check_layout(layout, mean.numel())
+    kernels = select(mean.device, torch.float64 if torch.float64 in (mean.dtype, dtype) else mean.dtype)
+    return kernels.draw(
+        mean,
+        std,
+        deviations,
+        num_samples,
+        seed=seed,
+        first_sample=first_sample,
+        diag_scale=diag_scale,
+        low_rank_scale=low_rank_scale,
+        antithetic=antithetic,
+        layout=layout,
+        dtype=dtype,
+    )
+
+
+def sampled_lora(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Tensor) -> Tensor:
+    """Add each sample's LoRA update to the base layer's output: ``y_s = base_s + scaling · (x_s A_sᵀ) B_sᵀ``.
+
+    (Hu et al. 2021, eq. 3, with the sample as a batch axis.) Accumulates in float32; differentiable in x, A, B and base;
+    the same inputs give the same bits.
+
+    Args:
+        x: ``[S or 1, M, in]``; M rows for each sample.
+        A: ``[S, r, in]``, and B: ``[S, out, r]``, of x's dtype; any stride on the sample axis.
+        scaling: LoRA's α/r (or α/√r), the same for all samples.
+        base: ``[S or 1, M, out]``, of any floating dtype, which the result takes over.
+
+    A size of 1 on the sample axis of x or base broadcasts.
+
+    Returns:
+        ``[S, M, out]``. ``base`` is consumed: where it has that shape, is contiguous and no gradient is recorded, the
+        result is written into it and returned.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (x, A, B, base))
+    if not recorded and base.is_contiguous() and base.shape[:1] == A.shape[:1]:
+        _ops.sampled_lora_(x, A, B, scaling, base)
+        return base
+    return _ops.sampled_lora(x, A, B, scaling, base)
+
+
+def _check_lora(x: Tensor, A: Tensor, B: Tensor, base: Tensor) -> None:
+    shapes = f"x {list(x.shape)}, A {list(A.shape)}, B {list(B.shape)}, base {list(base.shape)}"
+    _require(x.dim() == A.dim() == B.dim() == base.dim() == 3, f"sampled_lora: all tensors have three axes, got {shapes}")
+    samples, rank, features = A.shape
+    _require(
+        x.shape[0] in (1, samples)
+        and base.shape[0] in (1, samples)
+        and x.shape[2] == features
+        and B.shape[0] == samples
+        and B.shape[2] == rank
+        and base.shape[1] == x.shape[1]
+        and base.shape[2] == B.shape[1],
+        f"sampled_lora: expected x [S or 1, M, in], A [S, r, in], B [S, out, r], base [S or 1, M, out], got {shapes}",
+    )
+    _require(
+        x.dtype == A.dtype == B.dtype and x.dtype in _FLOATS and base.dtype in _FLOATS,
+        f"sampled_lora: x, A and B need one floating dtype, got {x.dtype}, {A.dtype}, {B.dtype} (base {base.dtype})",
+    )
+    _require(x.device == A.device == B.device == base.device, "sampled_lora: all tensors must be on one device")
+
+
+def _sampled_lora_impl(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Tensor) -> Tensor:
+    _check_lora(x, A, B, base)
+    return select(x.device, _widest(x, base)).sampled_lora(x, A, B, scaling, base)
+
+
+def _sampled_lora_inplace_impl(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Tensor) -> None:
+    _check_lora(x, A, B, base)
+    _require(base.shape[0] == A.shape[0], "sampled_lora_: base cannot broadcast over samples in place")
+    select(x.device, _widest(x, base)).sampled_lora_(x, A, B, scaling, base)
+
+
+def _sampled_lora_backward_impl(
+    grad: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_lora(x, A, B, grad)
+    return select(x.device, _widest(x, grad)).sampled_lora_backward(grad, x, A, B, scaling)
+
+
+def _sampled_lora_setup(ctx, inputs, output) -> None:
+    x, A, B, scaling, base = inputs
+    ctx.save_for_backward(x, A, B)
+    ctx.scaling, ctx.base_shape = scaling, base.shape
+
+
+def _sampled_lora_grad(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    dx = dA = dB = None
+    if any(ctx.needs_input_grad[:3]):
+        dx, dA, dB = _ops.sampled_lora_backward(grad, *ctx.saved_tensors, ctx.scaling)
+    return dx, dA, dB, None, grad.sum_to_size(ctx.base_shape) if ctx.needs_input_grad[4] else None
+
+
+def bayes_average_(state: AverageState, logits: Tensor) -> None:
+    """Stream S more samples into the running average ``state``; see :class:`swag_kernels.AverageState` for its fields.
+
+    With ``p_s = softmax(logits_s)``: log Σ p_s in the log domain, the mean of the entropies ``H[p_s]``, the votes
+    ``argmax p_s`` (the first class at a tie), and the squared deviations of the draws from their mean by the
+    pairwise update of Chan et al. (1979). No ``[S, B, C]`` tensor of probabilities is made.
+
+    Args:
+        state: accumulators for B rows and C classes, updated in place.
+        logits: ``[S, B, C]``, float32, bfloat16 or float16; −inf excludes a class. S must be even if the state is
+            antithetic: samples 2j and 2j+1 are one draw.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit; the state is unchanged.
+    """
+    with torch.no_grad():
+        _ops.bayes_average_(state.log_sum, state.m2, state.votes, state.mean_entropy, state.count, logits, state.group)
+
+
+def _bayes_average_impl(
+    log_sum: Tensor, m2: Tensor, votes: Tensor, entropy: Tensor, count: Tensor, logits: Tensor, group: int
+) -> None:
+    _require(
+        logits.dim() == 3 and logits.shape[1:] == log_sum.shape and logits.dtype in _FLOATS,
+        f"bayes_average_: logits must be floating [S, {', '.join(map(str, log_sum.shape))}], got {logits.dtype} {list(logits.shape)}",
+    )
+    _require(logits.device == log_sum.device, f"bayes_average_: logits are on {logits.device}, the state on {log_sum.device}")
+    _require(
+        group in (1, 2) and len(logits) % group == 0,
+        f"bayes_average_: {len(logits)} samples do not make whole antithetic pairs; stream an even number",
+    )
+    shapes = (log_sum.shape, m2.shape, votes.shape, (*entropy.shape, log_sum.shape[-1]))
+    _require(
+        len({tuple(shape) for shape in shapes}) == 1 and all(t.is_contiguous() for t in (log_sum, m2, votes, entropy)),
+        "bayes_average_: the state's tensors must be contiguous [B, C] and [B]; make them with swag_kernels.AverageState",
+    )
+    kernels = select(logits.device, _widest(logits, log_sum))
+    kernels.bayes_average_(log_sum, m2, votes, entropy, count, logits, group)
+
+
+for _name, _impl in {
+    "collect_": _collect_impl,
+    "draw": _draw_impl,
+    "sampled_lora": _sampled_lora_impl,
+    "sampled_lora_": _sampled_lora_inplace_impl,
+    "sampled_lora_backward": _sampled_lora_backward_impl,
+    "bayes_average_": _bayes_average_impl,
+}.items():
+    _library.impl(_name, _impl, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("swag_kernels::collect_", lib=_library)
+def _collect_fake(params, mean, m2, deviations, count, layout) -> None:
+    return None
+
+
+@torch.library.register_fake("swag_kernels::draw", lib=_library)
+def _draw_fake(mean, std, deviations, num_samples, *, dtype, **_) -> Tensor:
+    return mean.new_empty((num_samples, mean.shape[0]), dtype=dtype)
+
+
+@torch.library.register_fake("swag_kernels::sampled_lora", lib=_library)
+def _sampled_lora_fake(x, A, B, scaling, base) -> Tensor:
+    _check_lora(x, A, B, base)
+    return base.new_empty((A.shape[0], *base.shape[1:]))
+
+
+@torch.library.register_fake("swag_kernels::sampled_lora_", lib=_library)
+def _sampled_lora_inplace_fake(x, A, B, scaling, base) -> None:
+    _check_lora(x, A, B, base)
+
+
+@torch.library.register_fake("swag_kernels::sampled_lora_backward", lib=_library)
+def _sampled_lora_backward_fake(grad, x, A, B, scaling) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), A.new_empty(A.shape), B.new_empty(B.shape)
+
+
+@torch.library.register_fake("swag_kernels::bayes_average_", lib=_library)
+def _bayes_average_fake(log_sum, m2, votes, entropy, count, logits, group) -> None:
+    return None
+
+
+torch.library.register_autograd(
+    "swag_kernels::sampled_lora", _sampled_lora_grad, setup_context=_sampled_lora_setup, lib=_library
+)
