@@ -1,0 +1,56 @@
+import harness
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+_rows = pytest.StashKey[list[harness.Row]]()
+_notes = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config):
+    config.stash[_rows] = []
+    config.stash[_notes] = []
+
+
+@pytest.fixture
+def report(request, benchmark):
+    """``report(rows)`` adds rows to the table of this run, and to pytest-benchmark's record of this benchmark."""
+
+    def add(rows: list[harness.Row], note: str | None = None) -> None:
+        request.config.stash[_rows].extend(rows)
+        if note:
+            request.config.stash[_notes].append(note)
+        for row in rows:
+            benchmark.extra_info[f"{row.case} / {row.baseline}"] = round(row.ratio, 3)
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    rows = config.stash[_rows]
+    if not rows:
+        return
+    table = Table(title="ratios: median (20 % – 80 %) of one alternating run; seconds are medians", title_justify="left")
+    for name in ("case", "against", "ours", "theirs or limit", "ratio", "target"):
+        table.add_column(name, justify="left" if name in ("case", "against") else "right")
+    for row in rows:
+        table.add_row(
+            row.case,
+            row.baseline,
+            _seconds(row.ours),
+            _seconds(row.theirs),
+            f"{row.ratio:.2f} ({row.low:.2f} – {row.high:.2f})",
+            row.verdict,
+        )
+    console = Console(width=170, file=terminalreporter._tw._file)
+    console.print(table)
+    for note in config.stash[_notes]:
+        console.print(note)
+    console.print(harness.machine())
+
+
+def _seconds(value: float) -> str:
+    for unit, scale in (("s", 1), ("ms", 1e3), ("µs", 1e6)):
+        if value * scale >= 1:
+            return f"{value * scale:.3g} {unit}"
+    return f"{value * 1e9:.3g} ns"
