@@ -231,7 +231,7 @@ def check_finite(names: Sequence[str], parameters: Sequence[Tensor]) -> None:
     tensors = {name: p.detach() for name, p in zip(names, parameters, strict=True) if p.numel()}
     if not tensors:
         return
-    if next(iter(tensors.values())).is_cuda:
+    if next(iter(tensors.values())).device.type != "cpu":
         peaks = torch.stack([norm.float() for norm in torch._foreach_norm(list(tensors.values()), float("inf"))])
     else:
         # On the CPU the infinity norm is ten times slower than aminmax, which copies what is not contiguous.
