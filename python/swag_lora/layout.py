@@ -222,7 +222,7 @@ def find_parameter(model: nn.Module, name: str) -> nn.Parameter | None:
     return module._parameters.get(leaf)
 
 
-def check_finite(names: Sequence[str], parameters: Sequence[Tensor]) -> None:
+def require_finite(names: Sequence[str], parameters: Sequence[Tensor]) -> None:
     """Raises a ValueError that names the first parameter with a NaN or an infinity.
 
     Reduces each tensor to its extremes, which carry a NaN along, and reads them back once: nothing of the parameters'

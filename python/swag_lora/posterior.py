@@ -8,12 +8,13 @@ import os
 from typing import Literal, get_args
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from swag_kernels import collect_, draw
 
 from . import checkpoint
-from .layout import Layout, Selection, check_finite, common_dtype, select_parameters
+from .layout import Layout, Selection, common_dtype, require_finite, select_parameters
 from .weights import SampledWeights
 
 Method = Literal["iid", "antithetic"]
@@ -65,6 +66,7 @@ class SwagPosterior:
             raise ValueError(f"var_clamp must be finite and not negative, got {var_clamp}")
         self.model = model
         self.layout = layout
+        self.adapters: tuple[str, ...] = tuple(model.active_adapters) if isinstance(model, PeftModel) else ()
         self.var_clamp = float(var_clamp)
         self.mean = torch.zeros(layout.size, device=device)
         self.m2 = torch.zeros(layout.size, device=device)
@@ -101,7 +103,7 @@ class SwagPosterior:
                     f'call posterior.to("{parameter.device}")'
                 )
         if check_finite:
-            _check_finite(self.layout.names, parameters)
+            require_finite(self.layout.names, parameters)
         deviations = self.deviations if self.rank else None
         collect_([p.detach() for p in parameters], self.mean, self.m2, deviations, self.count, self.layout.table)
 
@@ -248,9 +250,6 @@ class SwagPosterior:
             f"SwagPosterior(tensors={len(self.layout)}, weights={self.layout.numel}, rank={self.rank}, "
             f"count={int(self.count)}, device='{self.device}')"
         )
-
-
-_check_finite = check_finite
 
 
 def _integer(name: str, value: int, minimum: int | None = None) -> int:

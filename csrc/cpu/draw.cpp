@@ -1,0 +1,179 @@
+// w_s = mean + diag_scale std eps_s + low_rank_scale deviations^T z_s for all samples s, reading the state once.
+
+#include <cstdlib>
+
+#include "core/normal.h"
+#include "core/philox.h"
+#include "kernels.h"
+#include "segments.h"
+#include "simd.h"
+
+namespace swag::SWAG_ISA {
+namespace {
+
+constexpr int64_t kWidth = f32::width;
+constexpr int64_t kTile = 4 * kWidth;  // elements of one vector of quads
+constexpr int64_t kBlock = 1024;
+
+// Aligned memory without std::vector, whose weak symbols the linker would share between instruction sets.
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats) : data_(static_cast<float*>(std::aligned_alloc(64, (static_cast<size_t>(floats) * 4 + 64) / 64 * 64))) {}
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  float* get() const { return data_; }
+
+ private:
+  float* data_;
+};
+
+// 4 W consecutive normals; quad holds their W quads in the order of quad_index().
+SWAG_INLINE void normals(u32 quad, uint32_t sample, uint32_t tensor, uint32_t stream, uint64_t seed, f32 (&n)[4]) {
+  u32 c0 = quad, c1 = u32(sample), c2 = u32(tensor), c3 = u32(stream);
+  core::philox(c0, c1, c2, c3, seed);
+  core::box_muller(c0, c1, n[0], n[1]);
+  core::box_muller(c2, c3, n[2], n[3]);
+  transpose4(n[0], n[1], n[2], n[3]);
+}
+
+// The counters that the requested samples need: with antithetic pairs, one for two samples.
+struct Counters {
+  uint32_t first;
+  int64_t number;
+  explicit Counters(const DrawArgs& a)
+      : first(a.antithetic ? a.first_sample / 2 : a.first_sample),
+        number(a.antithetic ? (int64_t{a.first_sample} + a.num_samples + 1) / 2 - a.first_sample / 2 : a.num_samples) {}
+};
+
+// z [counters, stride], scaled.
+void low_rank_normals(const DrawArgs& a, const Counters& counters, int64_t stride, float* z) {
+  for (int64_t k = 0; k < counters.number; ++k)
+    for (int64_t r = 0; r < a.rank; r += kTile) {
+      f32 n[4];
+      normals(u32(static_cast<uint32_t>(r / 4)) + quad_index(), counters.first + static_cast<uint32_t>(k), 0, core::stream_z,
+              a.seed, n);
+      for (int j = 0; j < 4; ++j) store(z + k * stride + r + j * kWidth, n[j] * f32(a.low_rank_scale));
+    }
+}
+
+template <class T, bool kStream>
+SWAG_INLINE void put(T* p, f32 v) {
+  if constexpr (kStream)
+    stream(p, v);
+  else
+    store(p, v);
+}
+
+// The elements [begin, begin + kTile) of all samples; those from `end` on are padding.
+template <class T, bool kStream>
+SWAG_INLINE void draw_tile(const DrawArgs& a, const Counters& counters, const float* z, int64_t z_stride, float* tile,
+                           int64_t begin, int64_t end, u32 quad, uint32_t tensor) {
+  T* const out = static_cast<T*>(a.out) + begin;
+  const bool partial = begin + kTile > end;
+  f32 mean[4], std[4];
+  for (int j = 0; j < 4; ++j) {
+    mean[j] = load(a.mean + begin + j * kWidth);
+    std[j] = load(a.std + begin + j * kWidth) * f32(a.diag_scale);
+  }
+  // Copied because rows a power of two apart would evict each other from the cache.
+  for (int64_t r = 0; r < a.rank; ++r)
+    for (int j = 0; j < 4; ++j) store(tile + r * kTile + j * kWidth, load(a.deviations + r * a.size + begin + j * kWidth));
+
+  for (int64_t k = 0; k < counters.number; ++k) {
+    f32 d[4];
+    normals(quad, counters.first + static_cast<uint32_t>(k), tensor, core::stream_eps, a.seed, d);
+    for (int j = 0; j < 4; ++j) d[j] = d[j] * std[j];
+    for (int64_t r = 0; r < a.rank; ++r) {
+      const f32 zr(z[k * z_stride + r]);
+      for (int j = 0; j < 4; ++j) d[j] = fma(zr, load(tile + r * kTile + j * kWidth), d[j]);
+    }
+    const auto emit = [&](int64_t row, bool negative) {
+      for (int j = 0; j < 4; ++j) {
+        f32 w = negative ? mean[j] - d[j] : mean[j] + d[j];
+        if (partial) {
+          const int64_t left = end - begin - j * kWidth;
+          w = select(first(left < 0 ? 0 : left < kWidth ? left : kWidth), w, f32(0.0f));
+        }
+        put<T, kStream>(out + row * a.size + j * kWidth, w);
+      }
+    };
+    if (a.antithetic) {
+      const int64_t row = 2 * k - (a.first_sample & 1);
+      if (row >= 0) emit(row, false);
+      if (row + 1 < a.num_samples) emit(row + 1, true);
+    } else {
+      emit(k, false);
+    }
+  }
+}
+
+template <class T, bool kStream>
+void draw_blocks(const DrawArgs& a, const Counters& counters, const float* z, int64_t z_stride) {
+#pragma omp parallel num_threads(a.threads)
+  {
+    Scratch tile(a.rank * kTile);
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < a.size / kBlock; ++block) {
+      const int64_t begin = block * kBlock;
+      const int64_t t = segment_at(a.layout, a.num_tensors, begin);
+      const int64_t end = t < 0 ? begin : a.layout[t].offset + a.layout[t].numel;
+      for (int64_t i = begin; i < begin + kBlock; i += kTile) {
+        if (i < end) {
+          const auto quad = static_cast<uint32_t>((a.layout[t].first + i - a.layout[t].offset) / 4);
+          draw_tile<T, kStream>(a, counters, z, z_stride, tile.get(), i, end, u32(quad) + quad_index(), static_cast<uint32_t>(t));
+        } else {
+          for (int64_t s = 0; s < a.num_samples; ++s)
+            for (int j = 0; j < 4; ++j) put<T, kStream>(static_cast<T*>(a.out) + s * a.size + i + j * kWidth, f32(0.0f));
+        }
+      }
+    }
+    if constexpr (kStream) fence();
+  }
+}
+
+template <class T>
+void draw_as(const DrawArgs& a) {
+  const Counters counters(a);
+  const int64_t z_stride = (a.rank + kTile - 1) / kTile * kTile;
+  const Scratch z(counters.number * z_stride);
+  low_rank_normals(a, counters, z_stride, z.get());
+  if (reinterpret_cast<uintptr_t>(a.out) % 64 == 0 && !getenv("NOSTREAM"))
+    draw_blocks<T, true>(a, counters, z.get(), z_stride);
+  else
+    draw_blocks<T, false>(a, counters, z.get(), z_stride);
+}
+
+}  // namespace
+
+void draw(const DrawArgs& a) {
+  switch (a.dtype) {
+    case Dtype::float32: return draw_as<float>(a);
+    case Dtype::bfloat16: return draw_as<bfloat16>(a);
+    case Dtype::float16: return draw_as<float16>(a);
+  }
+}
+
+void philox(const uint32_t* counters, uint64_t key, uint32_t* words, int64_t n) {
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const int64_t m = n - i < kWidth ? n - i : kWidth;
+    u32 c[4];
+    for (int j = 0; j < 4; ++j) c[j] = load(counters + j * n + i, m);
+    core::philox(c[0], c[1], c[2], c[3], key);
+    for (int j = 0; j < 4; ++j) store(words + j * n + i, c[j], m);
+  }
+}
+
+void normal(const uint32_t* words, float* normals, int64_t n) {
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const int64_t m = n - i < kWidth ? n - i : kWidth;
+    for (int j = 0; j < 4; j += 2) {
+      f32 n0, n1;
+      core::box_muller(load(words + j * n + i, m), load(words + (j + 1) * n + i, m), n0, n1);
+      store(normals + j * n + i, n0, m);
+      store(normals + (j + 1) * n + i, n1, m);
+    }
+  }
+}
+
+}  // namespace swag::SWAG_ISA
