@@ -14,6 +14,10 @@ namespace {
 constexpr int64_t kWidth = f32::width;
 constexpr int64_t kTile = 4 * kWidth;  // elements of one vector of quads
 constexpr int64_t kBlock = 1024;
+#ifndef ND
+#define ND 2
+#endif
+constexpr int kDraws = ND;
 
 // Aligned memory without std::vector, whose weak symbols the linker would share between instruction sets.
 class Scratch {
@@ -65,47 +69,65 @@ SWAG_INLINE void put(T* p, f32 v) {
     store(p, v);
 }
 
-// The elements [begin, begin + kTile) of all samples; those from `end` on are padding.
+// One vector of quads of one tensor: elements [begin, begin + kTile) of the arena, of which those from `end` on are padding.
+struct Place {
+  int64_t begin, end;
+  u32 quad;
+  uint32_t tensor;
+};
+
+// The draws k to k + kDraws - 1 at one place. Several at once share the loads of the deviations and hide the latency of fma.
+template <class T, bool kStream, int kDraws>
+SWAG_INLINE void draw_tile(const DrawArgs& a, const Counters& counters, const Place& at, const f32 (&mean)[4],
+                           const f32 (&std)[4], const float* tile, const float* z, int64_t z_stride, int64_t k) {
+  f32 d[kDraws][4];
+  for (int p = 0; p < kDraws; ++p) {
+    normals(at.quad, counters.first + static_cast<uint32_t>(k + p), at.tensor, core::stream_eps, a.seed, d[p]);
+    for (int j = 0; j < 4; ++j) d[p][j] = d[p][j] * std[j];
+  }
+  for (int64_t r = 0; r < a.rank; ++r)
+    for (int j = 0; j < 4; ++j) {
+      const f32 column = load(tile + r * kTile + j * kWidth);
+      for (int p = 0; p < kDraws; ++p) d[p][j] = fma(f32(z[(k + p) * z_stride + r]), column, d[p][j]);
+    }
+
+  const bool partial = at.begin + kTile > at.end;
+  const auto emit = [&](int64_t row, const f32(&delta)[4], bool negative) {
+    T* const out = static_cast<T*>(a.out) + row * a.size + at.begin;
+    for (int j = 0; j < 4; ++j) {
+      f32 w = negative ? mean[j] - delta[j] : mean[j] + delta[j];
+      if (partial) {
+        const int64_t left = at.end - at.begin - j * kWidth;
+        w = select(first(left < 0 ? 0 : left < kWidth ? left : kWidth), w, f32(0.0f));
+      }
+      put<T, kStream>(out + j * kWidth, w);
+    }
+  };
+  for (int p = 0; p < kDraws; ++p) {
+    if (!a.antithetic) {
+      emit(k + p, d[p], false);
+      continue;
+    }
+    const int64_t row = 2 * (k + p) - (a.first_sample & 1);
+    if (row >= 0) emit(row, d[p], false);
+    if (row + 1 < a.num_samples) emit(row + 1, d[p], true);
+  }
+}
+
+// All samples at one place; tile is scratch for [rank, kTile].
 template <class T, bool kStream>
-SWAG_INLINE void draw_tile(const DrawArgs& a, const Counters& counters, const float* z, int64_t z_stride, float* tile,
-                           int64_t begin, int64_t end, u32 quad, uint32_t tensor) {
-  T* const out = static_cast<T*>(a.out) + begin;
-  const bool partial = begin + kTile > end;
+void draw_place(const DrawArgs& a, const Counters& counters, const float* z, int64_t z_stride, float* tile, const Place& at) {
   f32 mean[4], std[4];
   for (int j = 0; j < 4; ++j) {
-    mean[j] = load(a.mean + begin + j * kWidth);
-    std[j] = load(a.std + begin + j * kWidth) * f32(a.diag_scale);
+    mean[j] = load(a.mean + at.begin + j * kWidth);
+    std[j] = load(a.std + at.begin + j * kWidth) * f32(a.diag_scale);
   }
   // Copied because rows a power of two apart would evict each other from the cache.
   for (int64_t r = 0; r < a.rank; ++r)
-    for (int j = 0; j < 4; ++j) store(tile + r * kTile + j * kWidth, load(a.deviations + r * a.size + begin + j * kWidth));
-
-  for (int64_t k = 0; k < counters.number; ++k) {
-    f32 d[4];
-    normals(quad, counters.first + static_cast<uint32_t>(k), tensor, core::stream_eps, a.seed, d);
-    for (int j = 0; j < 4; ++j) d[j] = d[j] * std[j];
-    for (int64_t r = 0; r < a.rank; ++r) {
-      const f32 zr(z[k * z_stride + r]);
-      for (int j = 0; j < 4; ++j) d[j] = fma(zr, load(tile + r * kTile + j * kWidth), d[j]);
-    }
-    const auto emit = [&](int64_t row, bool negative) {
-      for (int j = 0; j < 4; ++j) {
-        f32 w = negative ? mean[j] - d[j] : mean[j] + d[j];
-        if (partial) {
-          const int64_t left = end - begin - j * kWidth;
-          w = select(first(left < 0 ? 0 : left < kWidth ? left : kWidth), w, f32(0.0f));
-        }
-        put<T, kStream>(out + row * a.size + j * kWidth, w);
-      }
-    };
-    if (a.antithetic) {
-      const int64_t row = 2 * k - (a.first_sample & 1);
-      if (row >= 0) emit(row, false);
-      if (row + 1 < a.num_samples) emit(row + 1, true);
-    } else {
-      emit(k, false);
-    }
-  }
+    for (int j = 0; j < 4; ++j) store(tile + r * kTile + j * kWidth, load(a.deviations + r * a.size + at.begin + j * kWidth));
+  int64_t k = 0;
+  for (; k + kDraws <= counters.number; k += kDraws) draw_tile<T, kStream, kDraws>(a, counters, at, mean, std, tile, z, z_stride, k);
+  for (; k < counters.number; ++k) draw_tile<T, kStream, 1>(a, counters, at, mean, std, tile, z, z_stride, k);
 }
 
 template <class T, bool kStream>
@@ -121,7 +143,7 @@ void draw_blocks(const DrawArgs& a, const Counters& counters, const float* z, in
       for (int64_t i = begin; i < begin + kBlock; i += kTile) {
         if (i < end) {
           const auto quad = static_cast<uint32_t>((a.layout[t].first + i - a.layout[t].offset) / 4);
-          draw_tile<T, kStream>(a, counters, z, z_stride, tile.get(), i, end, u32(quad) + quad_index(), static_cast<uint32_t>(t));
+          draw_place<T, kStream>(a, counters, z, z_stride, tile.get(), {i, end, u32(quad) + quad_index(), static_cast<uint32_t>(t)});
         } else {
           for (int64_t s = 0; s < a.num_samples; ++s)
             for (int j = 0; j < 4; ++j) put<T, kStream>(static_cast<T*>(a.out) + s * a.size + i + j * kWidth, f32(0.0f));

@@ -214,12 +214,12 @@ def find_parameter(model: nn.Module, name: str) -> nn.Parameter | None:
     Follows the module tree alone: ``getattr`` on a PEFT model falls through to the modules it wraps.
     """
     *path, leaf = name.split(".")
-    module: nn.Module | None = model
     for part in path:
-        module = module._modules.get(part)
-        if module is None:
+        child = model._modules.get(part)
+        if child is None:
             return None
-    return module._parameters.get(leaf)
+        model = child
+    return model._parameters.get(leaf)
 
 
 def require_finite(names: Sequence[str], parameters: Sequence[Tensor]) -> None:

@@ -128,8 +128,7 @@ def report(
 def _checked(log_probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     if log_probs.ndim != 2 or labels.ndim != 1 or len(log_probs) != len(labels):
         raise ValueError(
-            "log_probs must be [n, C] and labels [n], "
-            f"got {tuple(log_probs.shape)} and {tuple(labels.shape)}"
+            f"log_probs must be [n, C] and labels [n], got {tuple(log_probs.shape)} and {tuple(labels.shape)}"
         )
     if log_probs.numel() == 0:
         raise ValueError("a metric needs at least one example and one class, got none")

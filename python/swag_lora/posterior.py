@@ -8,6 +8,7 @@ import os
 from typing import Literal, get_args
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -52,6 +53,7 @@ class SwagPosterior:
     def __init__(
         self, model: nn.Module, rank: int = 20, params: Selection = "trainable", var_clamp: float = 1e-30
     ) -> None:
+        model = _unwrap(model)
         parameters = select_parameters(model, params)
         devices = {parameter.device for parameter in parameters.values()}
         if len(devices) > 1:
@@ -229,6 +231,7 @@ class SwagPosterior:
             ValueError: the file is truncated, foreign or of another version, or the model's tensors differ from it;
                 the message says which.
         """
+        model = _unwrap(model)
         saved = checkpoint.load(model, folder)
         posterior = cls.__new__(cls)
         posterior._allocate(model, saved.layout, saved.rank, saved.var_clamp, saved.device)
@@ -250,6 +253,11 @@ class SwagPosterior:
             f"SwagPosterior(tensors={len(self.layout)}, weights={self.layout.numel}, rank={self.rank}, "
             f"count={int(self.count)}, device='{self.device}')"
         )
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, torch.compile and the like: its own names are the ones that count."""
+    return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
 def _integer(name: str, value: int, minimum: int | None = None) -> int:

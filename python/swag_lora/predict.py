@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -62,21 +62,23 @@ class Prediction:
         return len(self.log_probs)
 
     def to(self, device: torch.device | str) -> Prediction:
-        return Prediction(*(t.to(device) for t in self._tensors()), num_samples=self.num_samples)
+        return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors().items()})
 
-    @classmethod
-    def cat(cls, predictions: Sequence[Prediction]) -> Prediction:
+    @staticmethod
+    def cat(predictions: Sequence[Prediction]) -> Prediction:
         """One prediction for the examples of several, in order; all must be averages of as many samples."""
         if not predictions:
             raise ValueError("no predictions to join")
         counts = {prediction.num_samples for prediction in predictions}
         if len(counts) > 1:
-            raise ValueError(f"predictions of different numbers of samples cannot be joined: {sorted(counts)}")
-        columns = zip(*(prediction._tensors() for prediction in predictions), strict=True)
-        return cls(*(torch.cat(column) for column in columns), num_samples=counts.pop())
+            raise ValueError(f"predictions of different sample counts cannot be joined: {sorted(counts)}")
+        parts = [prediction._tensors() for prediction in predictions]
+        return replace(
+            predictions[0], **{name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        )
 
-    @classmethod
-    def from_logits(cls, logits: Tensor, antithetic: bool = False) -> Prediction:
+    @staticmethod
+    def from_logits(logits: Tensor, antithetic: bool = False) -> Prediction:
         """Average logits [S, ..., C] computed elsewhere; a point estimate is `from_logits(logits[None])`.
 
         With `antithetic`, samples 2j and 2j+1 are a pair.
@@ -85,8 +87,10 @@ class Prediction:
         average.add(logits)
         return average.prediction()
 
-    def _tensors(self) -> list[Tensor]:
-        return [getattr(self, field.name) for field in fields(self) if field.name != "num_samples"]
+    def _tensors(self) -> dict[str, Any]:
+        return {
+            field.name: getattr(self, field.name) for field in fields(self) if field.name != "num_samples"
+        }
 
 
 class Predictor:
@@ -118,23 +122,26 @@ class Predictor:
                 f"samples_per_pass must be at least 1, and even for antithetic samples, got {samples_per_pass}"
             )
         self.num_samples = num_samples
-        self._passes = []
-        for start in range(0, num_samples, step):
-            count = min(step, num_samples - start)
-            weights = posterior.draw(count, seed=seed, first=first + start, scale=scale, method=method)
-            self._passes.append(SampledModel(model, weights).eval())
+        self._passes = [
+            posterior.draw(
+                min(step, num_samples - start), seed=seed, first=first + start, scale=scale, method=method
+            )
+            for start in range(0, num_samples, step)
+        ]
+        self._sampled = SampledModel(model, self._passes[0]).eval()
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any]) -> Prediction:
         """The averaged prediction for one batch: the model's keyword arguments, labels being ignored."""
         if not isinstance(batch, Mapping):
-            raise TypeError(f"batch must map the model's argument names to tensors, got {type(batch).__name__}")
+            raise TypeError(f"batch must map the model's arguments to tensors, got {type(batch).__name__}")
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         average = _Average(self.antithetic)
-        for sampled in self._passes:
-            logits = getattr(sampled(**inputs), "logits", None)
+        for weights in self._passes:
+            self._sampled.set_weights(weights)
+            logits = getattr(self._sampled(**inputs), "logits", None)
             if logits is None:
-                raise TypeError("the model returned no logits; predictions need a model with a prediction head")
+                raise TypeError("the model returned no logits: predictions need one with a prediction head")
             average.add(logits)
         return average.prediction()
 
@@ -196,7 +203,8 @@ class _Average:
         if self.state is None:
             self.shape = logits.shape[1:-1]
             dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-            self.state = AverageState(*rows.shape[1:], logits.device, self.antithetic, dtype)
+            _, batch, classes = rows.shape
+            self.state = AverageState(batch, classes, logits.device, self.antithetic, dtype)
         bayes_average_(self.state, rows)
 
     def prediction(self) -> Prediction:

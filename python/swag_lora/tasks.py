@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,11 @@ class Task:
 
     @classmethod
     def of(cls, model: str | Path, dataset: Dataset, max_length: int, seed: int) -> Task:
-        model = Path(model).resolve() if Path(model).is_dir() else model
-        return cls(str(model), dataset.labels, max_length, seed)
+        return cls(_absolute(model), dataset.labels, max_length, seed)
+
+    def with_model(self, model: str | Path) -> Task:
+        """The same task on a base model that lies elsewhere."""
+        return replace(self, model=_absolute(model))
 
     @property
     def is_choice(self) -> bool:
@@ -168,6 +171,10 @@ class Task:
         grouped = scores.new_full((*scores.shape[:-1], *there.shape), _NO_CHOICE)
         grouped[..., there] = scores
         return grouped
+
+
+def _absolute(model: str | Path) -> str:
+    return str(Path(model).resolve() if Path(model).is_dir() else model)
 
 
 def _config(model: nn.Module) -> Any:

@@ -85,25 +85,34 @@ class SwagCallback(TrainerCallback):
         anneal: Literal["cosine", "linear"] = "cosine",
     ) -> None:
         if isinstance(start, bool) or not isinstance(start, (int, float)):
-            raise TypeError(f"start must be a number of steps (int) or a fraction of them (float), got {start!r}")
+            raise TypeError(
+                f"start must be a number of steps (int) or a fraction of them (float), got {start!r}"
+            )
         if start < 0 or (isinstance(start, float) and not start < 1):
             raise ValueError(f"start must be a number of steps (int) or a fraction in [0, 1), got {start}")
         if every != "epoch" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise ValueError(f"every must be 'epoch' or a number of steps, at least 1, got {every!r}")
-        rates = [] if lr is None else list(lr) if isinstance(lr, Sequence) else [lr]
-        if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
+        self._lr = [] if lr is None else list(lr) if isinstance(lr, Sequence) else [lr]
+        if not all(math.isfinite(rate) and rate >= 0 for rate in self._lr):
             raise ValueError(f"lr must be finite and at least 0, got {lr}")
         if anneal_steps < 0 or (anneal_steps and lr is None):
             raise ValueError(f"anneal_steps must be at least 0, and 0 without lr, got {anneal_steps}")
         if anneal not in ("cosine", "linear"):
             raise ValueError(f"anneal must be 'cosine' or 'linear', got {anneal!r}")
-        self.posterior = posterior
+        self._posterior = posterior
         self.rank, self.params = rank, params
         self.start, self.every = start, every
         self.lr, self.anneal_steps, self.anneal = lr, anneal_steps, anneal
         self._owns_posterior = posterior is None
         self._start_step = 0
         self._changed = False
+
+    @property
+    def posterior(self) -> SwagPosterior:
+        """The posterior collected into; without one of the caller's it exists once training has begun."""
+        if self._posterior is None:
+            raise RuntimeError("there is no posterior yet: it is made when training begins")
+        return self._posterior
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -112,7 +121,9 @@ class SwagCallback(TrainerCallback):
         optimizer = kwargs["optimizer"]
         start = round(self.start * state.max_steps) if isinstance(self.start, float) else self.start
         if start >= state.max_steps:
-            raise RuntimeError(f"collecting would start after step {start}, but training ends at step {state.max_steps}")
+            raise RuntimeError(
+                f"collecting starts after step {start}, but training ends at step {state.max_steps}"
+            )
         self._start_step, self._changed = start, False
         if self.lr is not None:
             self._rates(optimizer)
@@ -166,18 +177,21 @@ class SwagCallback(TrainerCallback):
         if self.every == "epoch":
             self._collect(state)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        folder = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-        if args.should_save and int(self.posterior.count) and os.path.isdir(folder):
-            self.posterior.save_pretrained(os.path.join(folder, SUBFOLDER))
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # A hyperparameter search writes to folders that callbacks are not told.
+        if args.should_save and not state.is_hyper_param_search and int(self.posterior.count):
+            self.posterior.save_pretrained(os.path.join(_checkpoint_folder(args, state), SUBFOLDER))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if int(self.posterior.count) < 2:
+        count = int(self.posterior.count)
+        if count < 2:
             logger.warning(
-                f"SwagCallback collected {int(self.posterior.count)} times: start={self.start} and every={self.every!r} "
-                f"left too few collections in {state.global_step} steps; a posterior needs at least two"
+                f"SwagCallback collected {count} times in {state.global_step} steps with start={self.start} and "
+                f"every={self.every!r}; a posterior needs at least two collections"
             )
 
     def _collect(self, state: TrainerState) -> None:
@@ -187,14 +201,14 @@ class SwagCallback(TrainerCallback):
 
     def _rates(self, optimizer: torch.optim.Optimizer) -> list[float]:
         groups = len(optimizer.param_groups)
-        rates = list(self.lr) if isinstance(self.lr, Sequence) else [self.lr] * groups
+        rates = self._lr if len(self._lr) != 1 else self._lr * groups
         if len(rates) != groups:
             raise RuntimeError(f"lr has {len(rates)} values for the optimizer's {groups} parameter groups")
         return rates
 
     def _posterior_for(self, model: nn.Module) -> SwagPosterior:
         if self._owns_posterior:
-            self.posterior = SwagPosterior(model, rank=self.rank, params=self.params)
+            self._posterior = SwagPosterior(model, rank=self.rank, params=self.params)
         elif self.posterior.model is not model:
             raise RuntimeError(
                 "the posterior was made from another model than the Trainer trains: pass SwagPosterior(trainer.model)"
@@ -203,13 +217,13 @@ class SwagCallback(TrainerCallback):
 
     def _restore(self, posterior: SwagPosterior, args: TrainingArguments, state: TrainerState) -> None:
         """Bring back what the posterior held when the checkpoint was written, which may be nothing."""
-        folder = _resumed_folder(args, state)
-        if folder is None and state.global_step > self._start_step:
+        resumed = _resumed_folder(args, state)
+        if resumed is None:
             raise RuntimeError(
-                f"training resumes at step {state.global_step}, but its checkpoint is not in {args.output_dir}, so the "
-                "posterior collected before it is not found; set TrainingArguments.resume_from_checkpoint to its folder"
+                f"training resumes at step {state.global_step}, but its checkpoint is not in {args.output_dir}, so a "
+                "posterior in it is not found; set TrainingArguments.resume_from_checkpoint to the checkpoint's folder"
             )
-        folder = os.path.join(folder or "", SUBFOLDER)
+        folder = os.path.join(resumed, SUBFOLDER)
         if os.path.isfile(os.path.join(folder, POSTERIOR_NAME)):
             saved = SwagPosterior.from_pretrained(posterior.model, folder)
             if difference := posterior.layout.difference(saved.layout):
@@ -222,14 +236,17 @@ class SwagCallback(TrainerCallback):
 
 def _resumed_folder(args: TrainingArguments, state: TrainerState) -> str | None:
     """The folder whose trainer state is `state`: the Trainer does not tell callbacks what it resumes from."""
-    of_step = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-    for folder in (args.resume_from_checkpoint, of_step):
+    for folder in (args.resume_from_checkpoint, _checkpoint_folder(args, state)):
         path = os.path.join(folder or "", TRAINER_STATE_NAME)
         if folder and os.path.isfile(path):
             saved = TrainerState.load_from_json(path)
             if saved.global_step == state.global_step and _history(saved) == _history(state):
                 return folder
     return None
+
+
+def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> str:
+    return os.path.join(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 def _history(state: TrainerState) -> str:

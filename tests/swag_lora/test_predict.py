@@ -1,12 +1,22 @@
 """Averages against the formulas written out in float64, over a model small enough to loop by hand."""
 
+import copy
 import importlib
 from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import (
+    BertConfig,
+    BertForMultipleChoice,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
+from swag_lora.posterior import SwagPosterior
 from swag_lora.predict import Prediction, Predictor, predict
 
 FIELDS = ["log_probs", "entropy", "expected_entropy", "mutual_information", "disagreement", "std_error"]
@@ -27,6 +37,9 @@ class SampledHead(nn.Module):
     def __init__(self, model, weights):
         super().__init__()
         self.weights, self.axes = weights, model.axes
+
+    def set_weights(self, weights):
+        self.weights = weights
 
     def forward(self, x):
         assert not self.training and not torch.is_grad_enabled()
@@ -235,7 +248,7 @@ def test_bad_arguments(head):
 
 def test_cat_refuses_what_does_not_belong_together():
     two, four = (Prediction.from_logits(torch.randn(s, 3, 5)) for s in (2, 4))
-    with pytest.raises(ValueError, match=r"numbers of samples cannot be joined: \[2, 4\]"):
+    with pytest.raises(ValueError, match=r"sample counts cannot be joined: \[2, 4\]"):
         Prediction.cat([two, four])
     with pytest.raises(ValueError, match="no predictions"):
         Prediction.cat([])
@@ -245,3 +258,85 @@ def test_model_without_logits(head, monkeypatch):
     monkeypatch.setattr(SampledHead, "forward", lambda self, x: SimpleNamespace(last_hidden_state=x))
     with pytest.raises(TypeError, match="no logits"):
         predict(head, GaussianHead(head), {"x": torch.randn(2, 6)}, 2)
+
+
+def tiny(kind="classifier"):
+    """A PEFT model in training mode with dropout, a posterior of five collections, and a batch for it."""
+    torch.manual_seed(0)
+    bert = {
+        "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16,
+        "num_labels": 3,
+    }  # fmt: skip
+    if kind == "lm":
+        base = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=16))
+        lora = LoraConfig(
+            task_type="CAUSAL_LM", r=2, target_modules=["c_attn"], lora_dropout=0.2, fan_in_fan_out=True
+        )
+    else:
+        build = BertForMultipleChoice if kind == "choice" else BertForSequenceClassification
+        base = build(BertConfig(**bert))
+        lora = LoraConfig(
+            r=2, target_modules=["query", "value"], lora_dropout=0.2, modules_to_save=["classifier"]
+        )
+    model = get_peft_model(base, lora).train()
+    posterior = SwagPosterior(model, rank=4)
+    for _ in range(5):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.5 * torch.randn_like(parameter))
+        posterior.collect()
+    tokens = torch.randint(0, 40, (3, 4, 7) if kind == "choice" else (3, 7))
+    mask = torch.ones_like(tokens)
+    mask[1, ..., 5:] = 0
+    return model, posterior, {"input_ids": tokens, "attention_mask": mask}
+
+
+def fingerprint(model):
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return tensors, [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("kind", ["classifier", "choice", "lm"])
+def test_peft_model_against_one_forward_a_sample(kind):
+    model, posterior, batch = tiny(kind)
+    before = fingerprint(model)
+    prediction = predict(model, posterior, {**batch, "labels": torch.tensor([0, 1, 2])}, 6, seed=2)
+
+    weights = posterior.draw(6, seed=2)
+    logits = []
+    twin = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        for i in range(6):
+            logits.append(torch.func.functional_call(twin, weights.sample(i), kwargs=batch).logits)
+    expected = by_hand(torch.stack(logits), pairs=True)
+    shape = {"classifier": (3, 3), "choice": (3, 4), "lm": (3, 7, 40)}[kind]
+    assert prediction.log_probs.shape == shape and prediction.mutual_information.max() > 1e-3
+    for name in FIELDS:
+        torch.testing.assert_close(getattr(prediction, name).double(), expected[name], rtol=1e-4, atol=1e-5)
+
+    after = fingerprint(model)
+    assert model.training and before[1:] == after[1:]
+    assert before[0].keys() == after[0].keys() and all(
+        torch.equal(before[0][k], after[0][k]) for k in before[0]
+    )
+
+
+def test_peft_model_predictor():
+    model, posterior, batch = tiny()
+    predictor = Predictor(model, posterior, 8, samples_per_pass=4)
+    prediction = predictor(batch)
+    assert_equal_fields(prediction, predict(model, posterior, batch, 8, samples_per_pass=4))
+    whole = predict(model, posterior, batch, 8)
+    for name in FIELDS:
+        torch.testing.assert_close(getattr(prediction, name), getattr(whole, name), rtol=1e-4, atol=1e-5)
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1.0)
+    posterior.collect()
+    assert_equal_fields(predictor(batch), prediction)
+    assert not torch.equal(predict(model, posterior, batch, 8).probs, whole.probs)
+    with pytest.raises(RuntimeError, match="nothing collected yet"):
+        predict(model, SwagPosterior(model), batch, 4)

@@ -1,0 +1,211 @@
+// bayes_average: streams samples of logits into the running average of the class probabilities.
+//
+// Each row's logits are touched twice: for the sums of its softmax, then tile by tile over the classes to add all samples
+// to the state. Both are summed in an order that depends on the sizes alone, not on the threads.
+
+#include "core/average.h"
+
+#include <algorithm>
+
+#include "dtypes.h"
+#include "kernels.h"
+#include "scratch.h"
+#include "simd.h"
+
+namespace swag::SWAG_ISA {
+namespace {
+
+constexpr int64_t kWidth = f32::width;
+constexpr int64_t kBlock = 128 * kWidth;  // classes read for their maximum and again for the sums while in the cache
+constexpr int64_t kTileFloats = 8192;  // log-probabilities of all samples for one tile of classes
+
+// One sample's row.
+struct Row {
+  float shift;    // its largest logit
+  float log_sum;  // log Σ e^(x − shift): the log-probability of x is (x − shift) − log_sum
+  float entropy;
+  int64_t argmax;
+};
+
+// Lanes that do not exist read as logits of −inf.
+template <class T>
+SWAG_INLINE f32 load_logits(const T* p, int64_t n) {
+  return n >= kWidth ? load(p) : select(first(n), load(p, n), f32(core::minus_infinity));
+}
+
+template <class T>
+core::SoftmaxSums block_sums(const T* x, int64_t n) {
+  f32 largest(core::minus_infinity);
+  for (int64_t i = 0; i < n; i += kWidth) largest = max(load_logits(x + i, n - i), largest);
+  core::SoftmaxSums sums;
+  sums.max = maximum(largest);
+  f32 total(0.0f), weighted(0.0f);
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const f32 d = load_logits(x + i, n - i) - f32(sums.shift());
+    const f32 e = core::exp<u32>(d);
+    total = total + e;
+    weighted = muladd(e, core::bounded(d), weighted);
+  }
+  sums.sum = sum(total);
+  sums.weighted = sum(weighted);
+  return sums;
+}
+
+template <class T>
+int64_t index_of(const T* x, int64_t n, float value) {
+  for (int64_t i = 0; i < n; i += kWidth) {
+    float lanes[kWidth];
+    store(lanes, load_logits(x + i, n - i));
+    for (int64_t lane = 0; lane < kWidth; ++lane)
+      if (lanes[lane] == value) return i + lane;
+  }
+  return 0;
+}
+
+template <class T>
+Row scan(const T* x, int64_t classes) {
+  core::SoftmaxSums sums;
+  int64_t best = 0;
+  for (int64_t c = 0; c < classes; c += kBlock) {
+    const core::SoftmaxSums block = block_sums(x + c, std::min(kBlock, classes - c));
+    if (block.max > sums.max) best = c;
+    sums = c == 0 ? block : core::merge(sums, block);
+  }
+  // Without a largest logit, or with a NaN, there is no argmax: all log-probabilities are NaN, of which 0 is the first.
+  const bool defined = sums.sum == sums.sum && sums.max > core::minus_infinity;
+  const int64_t argmax = defined ? best + index_of(x + best, std::min(kBlock, classes - best), sums.max) : 0;
+  return {sums.max, sums.log_sum(), sums.entropy(), argmax};
+}
+
+// What all rows share.
+struct Weights {
+  f32 samples;    // of this call
+  f32 before;     // samples in the state, at least 1
+  f32 combine;    // n_a n_b / (n_a + n_b) in draws
+  explicit Weights(const BayesAverageArgs& a)
+      : samples(static_cast<float>(a.samples)), before(static_cast<float>(std::max<int64_t>(a.count, 1))), combine(0.0f) {
+    const double old = static_cast<double>(a.count / a.group), now = static_cast<double>(a.samples / a.group);
+    combine = f32(static_cast<float>(old * now / (old + now)));
+  }
+};
+
+// Adds one vector of classes of all samples to the state; lp [samples] with stride ld holds their log-probabilities, and is
+// overwritten, and largest is their maximum.
+SWAG_INLINE void accumulate(const BayesAverageArgs& a, const Weights& w, float* lp, int64_t ld, f32 largest, float* log_sum,
+                            float* m2, int64_t n) {
+  const f32 before = load_logits(log_sum, n);
+  largest = max(largest, before);
+  const f32 shift = select(largest == f32(core::minus_infinity), f32(0.0f), largest);
+
+  // Probabilities in units of e^shift, so that log-probabilities of any size add up.
+  const f32 old = core::exp<u32>(before - shift);
+  f32 now(0.0f);
+  for (int64_t s = 0; s < a.samples; ++s) {
+    const f32 e = core::exp<u32>(load(lp + s * ld) - shift);
+    store(lp + s * ld, e);
+    now = now + e;
+  }
+  const f32 mean = now / w.samples;
+  f32 squares(0.0f);
+  if (a.group == 1) {
+    for (int64_t s = 0; s < a.samples; ++s) {
+      const f32 d = load(lp + s * ld) - mean;
+      squares = muladd(d, d, squares);
+    }
+  } else {
+    for (int64_t s = 0; s < a.samples; s += 2) {
+      const f32 d = (load(lp + s * ld) + load(lp + (s + 1) * ld)) * f32(0.5f) - mean;
+      squares = muladd(d, d, squares);
+    }
+  }
+  squares = core::combine_m2(squares, mean - old / w.before, w.combine);
+  const f32 unit = core::exp<u32>(shift);
+  const f32 new_m2 = muladd(squares * unit, unit, load(m2, std::min(n, kWidth)));
+  const f32 new_log_sum = largest + core::log<u32>(old + now);
+  store(log_sum, new_log_sum, std::min(n, kWidth));
+  store(m2, new_m2, std::min(n, kWidth));
+}
+
+int64_t tile_classes(int64_t samples) {
+  return std::min<int64_t>(std::max(kTileFloats / samples / kWidth, int64_t{1}), 32) * kWidth;
+}
+
+// Classes c0 to c1 of batch row b.
+template <class T>
+void add_classes(const BayesAverageArgs& a, const Weights& w, const Row* rows, int64_t b, int64_t c0, int64_t c1, float* lp,
+                 float* largest) {
+  const int64_t tile = tile_classes(a.samples), ld = tile + kWidth;
+  for (int64_t c = c0; c < c1; c += tile) {
+    const int64_t n = std::min(tile, c1 - c);
+    for (int64_t i = 0; i < n; i += kWidth) store(largest + i, f32(core::minus_infinity));
+    for (int64_t s = 0; s < a.samples; ++s) {
+      const T* x = static_cast<const T*>(a.logits) + (s * a.batch + b) * a.classes + c;
+      const f32 shift(rows[s].shift), log_sum(rows[s].log_sum);
+      for (int64_t i = 0; i < n; i += kWidth) {
+        const f32 l = load_logits(x + i, n - i) - shift - log_sum;
+        store(lp + s * ld + i, l);
+        store(largest + i, max(l, load(largest + i)));
+      }
+      if (rows[s].argmax >= c && rows[s].argmax < c + n) a.votes[b * a.classes + rows[s].argmax] += 1.0f;
+    }
+    float* log_sum = a.log_sum + b * a.classes + c;
+    float* m2 = a.m2 + b * a.classes + c;
+    for (int64_t i = 0; i < n; i += kWidth) accumulate(a, w, lp + i, ld, load(largest + i), log_sum + i, m2 + i, n - i);
+  }
+}
+
+void add_entropy(const BayesAverageArgs& a, const Row* rows, int64_t b) {
+  const float before = a.entropy[b];
+  float change = 0;
+  for (int64_t s = 0; s < a.samples; ++s) change += rows[s].entropy - before;
+  a.entropy[b] = before + change / static_cast<float>(a.count + a.samples);
+}
+
+template <class T>
+void run(const BayesAverageArgs& a) {
+  const Weights w(a);
+  const T* logits = static_cast<const T*>(a.logits);
+  const int64_t tile = tile_classes(a.samples);
+  const int64_t lp_floats = a.samples * (tile + kWidth);
+  const int threads = a.samples * a.batch * a.classes < 1 << 13 ? 1 : a.threads;
+  if (a.batch >= 4 * threads) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+      const Scratch<float> lp(lp_floats), largest(tile);
+      const Scratch<Row> rows(a.samples);
+#pragma omp for schedule(dynamic)
+      for (int64_t b = 0; b < a.batch; ++b) {
+        for (int64_t s = 0; s < a.samples; ++s) rows[s] = scan(logits + (s * a.batch + b) * a.classes, a.classes);
+        add_classes<T>(a, w, rows.get(), b, 0, a.classes, lp.get(), largest.get());
+        add_entropy(a, rows.get(), b);
+      }
+    }
+    return;
+  }
+  const int64_t part = 8 * tile, parts = (a.classes + part - 1) / part;
+  const Scratch<Row> rows(a.batch * a.samples);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const Scratch<float> lp(lp_floats), largest(tile);
+#pragma omp for schedule(dynamic)
+    for (int64_t row = 0; row < a.batch * a.samples; ++row) {
+      const int64_t b = row / a.samples, s = row % a.samples;
+      rows[row] = scan(logits + (s * a.batch + b) * a.classes, a.classes);
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < a.batch * parts; ++task) {
+      const int64_t b = task / parts, c = task % parts * part;
+      add_classes<T>(a, w, rows.get() + b * a.samples, b, c, std::min(a.classes, c + part), lp.get(), largest.get());
+      if (c == 0) add_entropy(a, rows.get() + b * a.samples, b);
+    }
+  }
+}
+
+}  // namespace
+
+void bayes_average(const BayesAverageArgs& a) {
+  if (a.samples == 0 || a.batch == 0 || a.classes == 0) return;
+  with_type(a.dtype, [&](auto t) { run<decltype(t)>(a); });
+}
+
+}  // namespace swag::SWAG_ISA

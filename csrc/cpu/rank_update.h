@@ -1,0 +1,73 @@
+#pragma once
+
+// rank_update: products of a [rows, depth] coefficient matrix with a [depth, columns] panel, lanes along the columns.
+//
+// Every output is summed over the depth in ascending order, whatever the number of rows, columns or threads.
+
+#include <algorithm>
+
+#include "simd.h"
+
+namespace swag::SWAG_ISA {
+
+#ifdef SWAG_ISA_avx512
+constexpr int update_vectors = 4;
+#else
+constexpr int update_vectors = 2;
+#endif
+constexpr int update_rows = 6;
+
+// Coefficient (m, k) is at data[m row + k step].
+struct Coefficients {
+  const float* data;
+  int64_t row;
+  int64_t step;
+};
+
+template <int MR, int NV, class Epilogue>
+SWAG_INLINE void update_tile(Coefficients c, int64_t m, const float* panel, int64_t ld, int64_t n, int64_t columns,
+                             int64_t depth, const Epilogue& epilogue) {
+  constexpr int W = f32::width;
+  f32 acc[MR][NV];
+  for (int i = 0; i < MR; ++i)
+    for (int v = 0; v < NV; ++v) acc[i][v] = f32(0.0f);
+  const float* data = c.data + m * c.row;
+  for (int64_t k = 0; k < depth; ++k) {
+    f32 p[NV];
+    for (int v = 0; v < NV; ++v) p[v] = load(panel + k * ld + n + v * W);
+    for (int i = 0; i < MR; ++i) {
+      const f32 h(data[i * c.row + k * c.step]);
+      for (int v = 0; v < NV; ++v) acc[i][v] = muladd(h, p[v], acc[i][v]);
+    }
+  }
+  for (int i = 0; i < MR; ++i)
+    for (int v = 0; v < NV; ++v) epilogue(m + i, n + v * W, acc[i][v], std::min<int64_t>(W, columns - n - v * W));
+}
+
+template <int MR, class Epilogue>
+void update_rows_of(Coefficients c, int64_t m, const float* panel, int64_t ld, int64_t columns, int64_t depth,
+                    const Epilogue& epilogue) {
+  constexpr int W = f32::width;
+  int64_t n = 0;
+  for (; n + update_vectors * W <= columns; n += update_vectors * W)
+    update_tile<MR, update_vectors>(c, m, panel, ld, n, columns, depth, epilogue);
+  for (; n < columns; n += W) update_tile<MR, 1>(c, m, panel, ld, n, columns, depth, epilogue);
+}
+
+// Calls epilogue(m, n, sums, count) with Σ_k c(m, k) panel[k, n + lane] for every row m and every vector of columns, of
+// which the first `count` lanes exist. The panel is readable up to a multiple of `width` columns.
+template <class Epilogue>
+void rank_update(Coefficients c, int64_t rows, const float* panel, int64_t ld, int64_t columns, int64_t depth,
+                 const Epilogue& epilogue) {
+  int64_t m = 0;
+  for (; m + update_rows <= rows; m += update_rows) update_rows_of<update_rows>(c, m, panel, ld, columns, depth, epilogue);
+  switch (rows - m) {
+    case 5: return update_rows_of<5>(c, m, panel, ld, columns, depth, epilogue);
+    case 4: return update_rows_of<4>(c, m, panel, ld, columns, depth, epilogue);
+    case 3: return update_rows_of<3>(c, m, panel, ld, columns, depth, epilogue);
+    case 2: return update_rows_of<2>(c, m, panel, ld, columns, depth, epilogue);
+    case 1: return update_rows_of<1>(c, m, panel, ld, columns, depth, epilogue);
+  }
+}
+
+}  // namespace swag::SWAG_ISA

@@ -1,0 +1,145 @@
+// sampled_lora: y_s = base_s + scaling (x_s A_sᵀ) B_sᵀ, and its gradients.
+//
+// The hidden activations h = x Aᵀ stay in float32. Every output is summed in one order (see dots.h and rank_update.h), so
+// how the work is cut, and over how many threads, changes no bit.
+
+#include <algorithm>
+
+#include "dots.h"
+#include "dtypes.h"
+#include "kernels.h"
+#include "rank_update.h"
+#include "scratch.h"
+#include "transpose.h"
+
+namespace swag::SWAG_ISA {
+
+namespace {
+
+constexpr int64_t panel_floats = 8192;  // one panel of B stays in the first-level cache
+constexpr int64_t row_block = 128;
+constexpr int64_t column_step = update_vectors * f32::width;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t panel_columns(int64_t depth) {
+  return std::max(panel_floats / std::max<int64_t>(depth, 1) / column_step, int64_t{1}) * column_step;
+}
+// One vector more than the columns: rows of a panel must not all fall into the same cache sets.
+int64_t panel_ld(int64_t columns) { return ceil_div(columns, f32::width) * f32::width + f32::width; }
+int64_t panel_size(int64_t depth) { return depth * panel_ld(panel_columns(depth)); }
+
+template <class T>
+const T* at(const void* p, int64_t offset) {
+  return static_cast<const T*>(p) + offset;
+}
+
+// Starting threads for less than this many multiply-adds costs more than it gains.
+constexpr int64_t worth_threads = 1 << 16;
+
+int team(int threads, int64_t work) { return work < worth_threads ? 1 : threads; }
+
+template <class Y>
+SWAG_INLINE void put(Y* p, f32 a) {
+  store(p, a);
+}
+#ifdef __AVX512BF16__
+SWAG_INLINE void put(bfloat16* p, f32 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v)));
+}
+#endif
+
+template <class Y>
+struct AddToBase {
+  const Y* base;
+  Y* y;
+  int64_t ld;
+  f32 scaling;
+  SWAG_INLINE void operator()(int64_t m, int64_t n, f32 sums, int64_t count) const {
+    const int64_t i = m * ld + n;
+    if (count == f32::width)
+      put(y + i, muladd(scaling, sums, load(base + i)));
+    else
+      store(y + i, muladd(scaling, sums, load(base + i, count)), count);
+  }
+};
+
+// h[rows m0 to m1, columns j0 to j1] of sample s; h has `rank` columns and starts at row m0.
+void shrink(const SampledLoraArgs& a, int64_t s, int64_t m0, int64_t m1, int64_t j0, int64_t j1, float* h) {
+  with_type(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    dots(at<T>(a.x, s * a.stride_x + m0 * a.in), a.in, m1 - m0, at<T>(a.A, s * a.stride_A + j0 * a.in), a.in, j1 - j0, a.in,
+         h + j0, a.rank);
+  });
+}
+
+// y[rows m0 to m1, columns n0 to n1] of sample s from its h, which starts at row m0.
+void expand(const SampledLoraArgs& a, int64_t s, int64_t m0, int64_t m1, int64_t n0, int64_t n1, const float* h,
+            float* panel) {
+  const int64_t columns = panel_columns(a.rank);
+  for (int64_t n = n0; n < n1; n += columns) {
+    const int64_t count = std::min(columns, n1 - n);
+    const int64_t ld = panel_ld(count);
+    with_type(a.dtype, [&](auto t) {
+      using T = decltype(t);
+      pack_transposed(at<T>(a.B, s * a.stride_B + n * a.rank), count, a.rank, panel, ld);
+    });
+    with_type(a.base_dtype, [&](auto t) {
+      using Y = decltype(t);
+      const int64_t first = m0 * a.out + n;
+      const AddToBase<Y> epilogue{at<Y>(a.base, s * a.stride_base + first),
+                                  static_cast<Y*>(a.y) + s * a.rows * a.out + first, a.out, f32(a.scaling)};
+      rank_update({h, a.rank, 1}, m1 - m0, panel, ld, count, a.rank, epilogue);
+    });
+  }
+}
+
+}  // namespace
+
+void sampled_lora(const SampledLoraArgs& a) {
+  if (a.samples == 0 || a.rows == 0 || a.out == 0) return;
+  const int64_t blocks = ceil_div(a.rows, row_block);
+  const int64_t block = ceil_div(a.rows, blocks);
+  const int threads = team(a.threads, a.samples * a.rank * (a.in + a.out) * (a.rows + 4));
+  if (a.samples * blocks >= 4 * threads) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+      const Scratch<float> h(block * a.rank), panel(panel_size(a.rank));
+#pragma omp for schedule(dynamic)
+      for (int64_t task = 0; task < a.samples * blocks; ++task) {
+        const int64_t s = task / blocks, m0 = task % blocks * block, m1 = std::min(a.rows, m0 + block);
+        shrink(a, s, m0, m1, 0, a.rank, h.get());
+        expand(a, s, m0, m1, 0, a.out, h.get(), panel.get());
+      }
+    }
+    return;
+  }
+  // Fewer blocks than the threads need: h of all blocks first, cut over the rank too, then y, cut over its columns.
+  const int64_t rank_blocks = ceil_div(a.rank, dot_columns);
+  const int64_t parts = ceil_div(4 * threads, a.samples * blocks);
+  const int64_t columns = ceil_div(ceil_div(a.out, parts), column_step) * column_step;
+  const int64_t column_blocks = ceil_div(a.out, columns);
+  const Scratch<float> h(a.samples * a.rows * a.rank);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const Scratch<float> panel(panel_size(a.rank));
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < a.samples * blocks * rank_blocks; ++task) {
+      const int64_t s = task / rank_blocks / blocks, m0 = task / rank_blocks % blocks * block;
+      const int64_t j0 = task % rank_blocks * dot_columns;
+      shrink(a, s, m0, std::min(a.rows, m0 + block), j0, std::min(a.rank, j0 + dot_columns),
+             h.get() + (s * a.rows + m0) * a.rank);
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < a.samples * blocks * column_blocks; ++task) {
+      const int64_t s = task / column_blocks / blocks, m0 = task / column_blocks % blocks * block;
+      const int64_t n0 = task % column_blocks * columns;
+      expand(a, s, m0, std::min(a.rows, m0 + block), n0, std::min(a.out, n0 + columns),
+             h.get() + (s * a.rows + m0) * a.rank, panel.get());
+    }
+  }
+}
+
+void sampled_lora_backward(const SampledLoraBackwardArgs&) {}
+
+}  // namespace swag::SWAG_ISA

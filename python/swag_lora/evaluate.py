@@ -1,0 +1,207 @@
+"""Predictions for whole splits, and the rows that compare point estimates with the posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from swag_lora import memory
+from swag_lora.data import Dataset, Example
+from swag_lora.metrics import nll, report
+from swag_lora.patch import SampledModel
+from swag_lora.posterior import SwagPosterior
+from swag_lora.predict import Prediction
+from swag_lora.tasks import Task
+from swag_lora.weights import SampledWeights
+
+POINT_ESTIMATES = {"map": "MAP, last epoch", "map-best": "MAP, best validation epoch"}
+SCALES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+_SELECTION_SAMPLES = 16
+
+# A constant, not a share of the free memory, so that the same command does the same arithmetic everywhere.
+_TOKENS_PER_PASS = 16_384
+
+Encoded = Sequence[Mapping[str, Any]]
+Predict = Callable[[Mapping[str, Tensor]], Prediction]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which samples are averaged. `method` None takes antithetic pairs where their number is even."""
+
+    samples: int = 32
+    seed: int = 0
+    scale: float = 0.5
+    method: str | None = None
+
+    @property
+    def antithetic(self) -> bool:
+        if self.method == "antithetic" and self.samples % 2:
+            raise ValueError(f"antithetic samples come in pairs, {self.samples} is odd; take method iid")
+        return self.method != "iid" and self.samples % 2 == 0
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """A model with its task and tokenizer, and how splits go through it."""
+
+    task: Task
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    batch_size: int = 32
+    show: bool = False
+
+    def encode(self, examples: Sequence[Example]) -> Encoded:
+        return self.task.encode(self.tokenizer, examples)
+
+    def batches(self, encoded: Encoded) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """Batches of examples of similar length, with the examples' places in the split."""
+        order = sorted(range(len(encoded)), key=lambda i: (encoded[i]["length"], i))
+        device = next(self.model.parameters()).device
+        for start in range(0, len(order), self.batch_size):
+            places = order[start : start + self.batch_size]
+            batch = self.task.collate(self.tokenizer, [encoded[i] for i in places])
+            yield places, {name: value.to(device) for name, value in batch.items()}
+
+    def point(self, encoded: Encoded, title: str = "") -> Prediction:
+        """Predictions with the model's weights as they are."""
+        width = _width(encoded)
+
+        @torch.no_grad()
+        def predict(batch: Mapping[str, Tensor]) -> Prediction:
+            return Prediction.from_logits(self.task.logits(self.model, batch, width)[None])
+
+        training = self.model.training
+        self.model.eval()
+        prediction = self._predict(encoded, predict, title)
+        self.model.train(training)
+        return prediction
+
+    def sampled(
+        self, posterior: SwagPosterior, encoded: Encoded, sampling: Sampling, title: str = ""
+    ) -> Prediction:
+        """Predictions averaged over samples, in one pass where `_TOKENS_PER_PASS` allows, else in as few as possible."""
+        width, antithetic = _width(encoded), sampling.antithetic
+        step = self._samples_per_pass(encoded, sampling)
+        self._check_memory(posterior, encoded, sampling, step)
+        method = "antithetic" if antithetic else "iid"
+        weights = posterior.draw(sampling.samples, sampling.seed, scale=sampling.scale, method=method)
+        passes = [
+            SampledModel(self.model, SampledWeights(weights.layout, rows)).eval()
+            for rows in weights.buffer.split(step)
+        ]
+
+        @torch.no_grad()
+        def predict(batch: Mapping[str, Tensor]) -> Prediction:
+            logits = torch.cat([self.task.logits(sampled, batch, width) for sampled in passes])
+            return Prediction.from_logits(logits, antithetic)
+
+        return self._predict(encoded, predict, title)
+
+    def _predict(self, encoded: Encoded, predict: Predict, title: str) -> Prediction:
+        total = -(-len(encoded) // self.batch_size)
+        console = Console(stderr=True)
+        places, parts = [], []
+        for chosen, batch in track(
+            self.batches(encoded), title, total=total, console=console, disable=not (self.show and title)
+        ):
+            places += chosen
+            parts.append(predict(batch).to("cpu"))
+        joined = Prediction.cat(parts)
+        order = torch.tensor(places).argsort()
+        columns = {name: value[order] for name, value in vars(joined).items() if isinstance(value, Tensor)}
+        return Prediction(**columns, num_samples=joined.num_samples)
+
+    def _tokens(self, encoded: Encoded) -> int:
+        """Of the largest batch."""
+        rows = max(len(example["input_ids"]) for example in encoded)
+        return min(self.batch_size, len(encoded)) * rows * max(example["length"] for example in encoded)
+
+    def _samples_per_pass(self, encoded: Encoded, sampling: Sampling) -> int:
+        step = max(1, _TOKENS_PER_PASS // self._tokens(encoded))
+        return min(sampling.samples, max(2, step - step % 2) if sampling.antithetic else step)
+
+    def _check_memory(self, posterior: SwagPosterior, encoded: Encoded, sampling: Sampling, step: int) -> None:
+        config = self.model.config.get_text_config()
+        hidden = getattr(config, "hidden_size", 1024)
+        # Query, key, value, attention, residual and the feed-forward's inside, before and after its activation.
+        per_token = 8 * hidden + 2 * (getattr(config, "intermediate_size", None) or 4 * hidden)
+        size = torch.float32.itemsize
+        memory.check_samples(
+            sampling.samples,
+            posterior.layout.size * size,
+            step * self._tokens(encoded) * per_token * size,
+            posterior.device,
+        )
+
+
+def choose_scale(evaluator: Evaluator, posterior: SwagPosterior, encoded: Encoded, seed: int = 0) -> dict[float, float]:
+    """The validation NLL at each of `SCALES`, averaged over 16 samples; take the scale with the smallest."""
+    labels = _labels(encoded)
+    result = {}
+    for scale in SCALES:
+        sampling = Sampling(_SELECTION_SAMPLES, seed, scale)
+        prediction = evaluator.sampled(posterior, encoded, sampling, f"sample scale {scale:g} on validation data")
+        result[scale] = nll(prediction.log_probs, labels)
+    return result
+
+
+def load_folder(
+    folder: str | Path, model: str | None = None, batch_size: int = 32, show: bool = False
+) -> tuple[Evaluator, SwagPosterior]:
+    """The model at the posterior mean, and the posterior, of a folder that `swag-lora fit` wrote.
+
+    `model` replaces the base model that the folder names, which may have moved since.
+    """
+    task = Task.load(folder)
+    task = task if model is None else task.with_model(model)
+    tokenizer = task.tokenizer(folder)
+    base, _ = task.base_model(tokenizer)
+    try:
+        peft_model = PeftModel.from_pretrained(base, str(folder))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"the adapter in {folder} does not fit {task.model}: {error}") from None
+    peft_model.eval()
+    posterior = SwagPosterior.from_pretrained(peft_model, folder)
+    return Evaluator(task, peft_model, tokenizer, batch_size, show), posterior
+
+
+def rows(
+    folder: str | Path, evaluator: Evaluator, posterior: SwagPosterior, dataset: Dataset, sampling: Sampling
+) -> list[dict[str, Any]]:
+    """The metrics on the test split, and on `oos_test` if there is one, of each saved point estimate, SWA and SWAG."""
+    test = evaluator.encode(dataset.split("test"))
+    outside = evaluator.encode(dataset.splits["oos_test"]) if "oos_test" in dataset.splits else None
+    labels = _labels(test)
+
+    def row(name: str, samples: int, predict: Callable[[Encoded, str], Prediction]) -> dict[str, Any]:
+        ood = predict(outside, f"{name}, out of distribution") if outside else None
+        return {"name": name, "samples": samples, **report(predict(test, name), labels, ood)}
+
+    table = []
+    for part, name in POINT_ESTIMATES.items():
+        if (Path(folder) / part).is_dir():
+            set_peft_model_state_dict(evaluator.model, load_peft_weights(str(Path(folder) / part)))
+            table.append(row(name, 1, evaluator.point))
+    posterior.load_mean()
+    table.append(row("SWA (mean)", 1, evaluator.point))
+    name = f"SWAG, K={sampling.samples}"
+    table.append(row(name, sampling.samples, lambda e, title: evaluator.sampled(posterior, e, sampling, title)))
+    return table
+
+
+def _labels(encoded: Encoded) -> Tensor:
+    return torch.tensor([example["label"] for example in encoded])
+
+
+def _width(encoded: Encoded) -> int:
+    return max(len(example["input_ids"]) for example in encoded)

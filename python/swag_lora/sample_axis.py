@@ -1,0 +1,290 @@
+"""The sample axis: how rows of one batch become rows of S samples, and back."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from transformers.cache_utils import Cache
+
+_BATCH_FIRST = (
+    "input_ids",
+    "inputs_embeds",
+    "pixel_values",
+    "input_values",
+    "input_features",
+    "attention_mask",
+    "decoder_input_ids",
+)
+_NOT_BATCHED = frozenset({"cache_position"})
+_PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens"})
+
+
+def _repeat(tensor: Tensor, times: int) -> Tensor:
+    return tensor.repeat(times, *[1] * (tensor.dim() - 1))
+
+
+def _is_opaque(value: object) -> bool:
+    return value is not None and not isinstance(value, (Tensor, bool, int, float, str, torch.dtype, torch.device))
+
+
+class SampleAxis:
+    """Where the sample axis stands in one forward pass; shared by all modules of one `SampledModel`.
+
+    Row ``s * b + i`` of an activation is row i of sample s. A batch of B examples has b = B rows a sample, or
+    b = B * choices in a multiple-choice model, which flattens its choices into rows. Until the first random module
+    has run (``begun``) the S * b rows are S copies of b rows, so one copy tells all. Inside a `Lanes` module, ``lane``
+    is the sample whose b rows are passing through.
+
+    Whether a tensor is batch-leading shows in its shape alone, so every shortcut is taken only where no other size
+    in sight could be mistaken for the number of rows; running all rows is always right.
+
+    Args:
+        tables: sizes that tensors without a batch may have in this model (embedding tables, loose parameters).
+    """
+
+    def __init__(self, num_samples: int, tables: frozenset[int] = frozenset()) -> None:
+        self.num_samples = num_samples
+        self._tables = tables
+        self._reset(0, 0, frozenset())
+
+    def _reset(self, batch: int, rows: int, sizes: frozenset[int]) -> None:
+        self.begun = False
+        self.lane: int | None = None
+        self._batch = batch
+        self._rows = rows
+        self._sizes = sizes
+        self._prefix_rows: int | None = None
+
+    def enter(self, args: tuple, kwargs: dict[str, Any], share_prefix: bool) -> tuple[tuple, dict[str, Any]]:
+        """Start a forward: every batch-leading tensor of the call, ``[B, ...]``, becomes ``[S * B, ...]``.
+
+        Args:
+            share_prefix: whether modules that precede all randomness may run on one copy of the rows.
+
+        Raises:
+            ValueError: no tensor to take B from, an empty batch, or a tensor whose leading size is neither B nor 1.
+        """
+        first = next((kwargs[k] for k in _BATCH_FIRST if isinstance(kwargs.get(k), Tensor)), None)
+        if first is None:
+            leaves = tree_flatten((args, kwargs))[0]
+            first = next((v for v in leaves if isinstance(v, Tensor) and v.dim() > 0), None)
+        if first is None or len(first) == 0:
+            raise ValueError("the batch is empty: no tensor with a leading batch axis was passed to the model")
+        batch = len(first)
+        packed = _PACKED & kwargs.keys()
+        if packed:
+            raise ValueError(f"packed sequences ({min(packed)}) have no batch axis to sample over: pad the batch instead")
+        self._reset(batch, batch * _choices(kwargs), frozenset())
+        args = tuple(self._enter_value(value, f"positional argument {i}") for i, value in enumerate(args))
+        kwargs = {name: self._enter_value(value, name) for name, value in kwargs.items()}
+
+        self._sizes = frozenset(
+            size for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor) for size in v.shape[1:]
+        )
+        if share_prefix:
+            self._prefix_rows = self._shareable_rows()
+        return args, kwargs
+
+    def _enter_value(self, value: Any, name: str) -> Any:
+        if name in _NOT_BATCHED or isinstance(value, Cache):
+            return value
+        if isinstance(value, Tensor):
+            if value.dim() == 0 or (len(value) == 1 and self._batch != 1):
+                return value
+            if len(value) != self._batch:
+                raise ValueError(
+                    f"{name} has leading size {len(value)}, the batch has {self._batch} examples: "
+                    "every tensor must lead with the batch axis or with 1"
+                )
+            return _repeat(value, self.num_samples)
+        return tree_map(
+            lambda v: _repeat(v, self.num_samples)
+            if isinstance(v, Tensor) and v.dim() > 0 and len(v) == self._batch
+            else v,
+            value,
+        )
+
+    def _shareable_rows(self) -> int | None:
+        """Rows to run before randomness begins: b, or the next multiple that no other size in sight equals.
+
+        A module's outputs are recognised as batch-leading by this size. None if only all rows are safe.
+        """
+        known, total = self._sizes | self._tables, self.num_samples * self._rows
+        if total in known or any(size % total == 0 and size // total in known for size in known):
+            return None
+        rows = self._rows
+        while rows < total and rows != 1 and rows in known:
+            rows += self._rows
+        return rows if rows < total else None
+
+    def leave(self, output: Any) -> Any:
+        """Give every batch-leading tensor of the output its sample axis: ``[S * n, ...]`` becomes ``[S, n, ...]``.
+
+        Rows are S * B, S * b, or S * b tokens flattened together (router logits). Scalars and caches stay as they are.
+        """
+        batch_rows = {self.num_samples * self._batch, self.num_samples * self._rows}
+        token_rows = {self.num_samples * self._rows * size for size in self._sizes}
+
+        def split(value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.dim() == 0:
+                return value
+            if len(value) in batch_rows or (value.dim() > 1 and len(value) in token_rows):
+                return value.unflatten(0, (self.num_samples, -1))
+            return value
+
+        return tree_map(split, output, is_leaf=lambda v: isinstance(v, Cache))
+
+    def split(self, x: Tensor, name: str) -> Tensor:
+        """View the input of random module `name` as ``[S, n, ...]``, or ``[1, n, ...]`` where all samples share it.
+
+        Shared are rows that come before any randomness and inputs without a batch (leading size 1). From here on the
+        axis has begun.
+
+        Raises:
+            ValueError: the rows of `x` cannot be told apart by sample.
+        """
+        if self.lane is not None or self.num_samples == 1 or (len(x) == 1 and x.dim() > 1):
+            self.begun = True
+            return x.unsqueeze(0)
+        self._check_rows(x, name)
+        x = x.unflatten(0, (self.num_samples, -1))
+        if not self.begun:
+            self.begun = True
+            return x[:1]
+        return x
+
+    def _check_rows(self, x: Tensor, name: str) -> None:
+        total, known = self.num_samples * self._rows, self._sizes | self._tables
+        lead = len(x) if x.dim() else 0
+        if lead == total:
+            time_major = x.dim() > 2 and x.shape[1] == lead and x.stride(0) < x.stride(1)
+            certain = x.dim() > 1 and not time_major
+        elif lead % total or lead == 0:
+            certain = False
+        elif x.dim() == 2:
+            certain = lead // total in self._sizes and lead not in self._tables
+        else:
+            certain = x.dim() > 2 and lead not in known and total not in x.shape[1:-1]
+        if not certain:
+            raise ValueError(
+                f"{name} was called on a tensor {list(x.shape)} whose rows cannot be told apart by sample (expected "
+                f"{total} leading rows, {self.num_samples} samples of {self._rows}): leave this module out of the "
+                "weights, or set one sample's weights at a time"
+            )
+
+    def join(self, y: Tensor, x: Tensor) -> Tensor:
+        """Undo `split` on a result ``[S, n, ...]`` of input `x`: rows ``[S * n, ...]``.
+
+        An input without a batch gives one result a sample, repeated for each of its b rows so that it broadcasts
+        against batch-leading tensors.
+        """
+        if self.lane is None and self.num_samples > 1 and len(x) == 1:
+            y = y.expand(-1, self._rows, *y.shape[2:])
+        return y.flatten(0, 1)
+
+    def of_lane(self, weight: Tensor) -> Tensor:
+        """The samples of `weight` ``[S, *shape]`` that pass through now: all, or the lane's own, ``[1, *shape]``."""
+        return weight if self.lane is None else weight[self.lane : self.lane + 1]
+
+    def narrow(self, call: Any) -> Any | None:
+        """One copy of the rows of a call's arguments, or None where all rows have to run.
+
+        Tensors with S * b leading rows are cut. All others must certainly have no batch: a scalar, leading size 1, a
+        size known from the inputs or the model's tables, or no multiple of S * b. Whatever cannot be looked into
+        (a cache, a mask object, a row count given as an integer) keeps all rows.
+        """
+        rows, total = self._prefix_rows, self.num_samples * self._rows
+        if rows is None or self.begun or self.lane is not None:
+            return None
+        leaves, spec = tree_flatten(call)
+        tensors = [v for v in leaves if isinstance(v, Tensor) and v.dim() > 0]
+        if any(_is_opaque(v) for v in leaves) or any(type(v) is int and v == total for v in leaves):
+            return None
+        inner = {size for v in tensors for size in v.shape[1:]}
+        known = self._sizes | self._tables
+        if total in inner or (rows in inner and rows != 1):
+            return None
+        if not all(len(v) in (1, total) or len(v) in known or len(v) % total for v in tensors):
+            return None
+        if not any(len(v) == total for v in tensors):
+            return None
+        cut = [v[:rows] if isinstance(v, Tensor) and v.dim() > 0 and len(v) == total else v for v in leaves]
+        return tree_unflatten(cut, spec)
+
+    def widen(self, output: Any) -> Any | None:
+        """Repeat a narrowed module's output for all S * b rows; None where an output could be of either kind."""
+        rows = self._prefix_rows
+        assert rows is not None
+        leaves, spec = tree_flatten(output)
+        if any(_is_opaque(v) for v in leaves):
+            return None
+        wide = []
+        for value in leaves:
+            if isinstance(value, Tensor) and value.dim() > 0:
+                if len(value) == rows:
+                    value = _repeat(value[: self._rows], self.num_samples)
+                elif len(value) != 1 and len(value) % rows == 0:
+                    return None
+            wide.append(value)
+        return tree_unflatten(wide, spec)
+
+
+def _choices(kwargs: Mapping[str, Any]) -> int:
+    for name, flat_dim in (("input_ids", 2), ("inputs_embeds", 3)):
+        value = kwargs.get(name)
+        if isinstance(value, Tensor):
+            return value.shape[1] if value.dim() == flat_dim + 1 else 1
+    return 1
+
+
+class Prefix:
+    """Forward of a module without random weights: one copy of the rows while nothing random has run yet."""
+
+    def __init__(self, axis: SampleAxis, module: nn.Module) -> None:
+        self._axis = axis
+        self._inner = module.forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        narrow = self._axis.narrow((args, kwargs))
+        if narrow is not None:
+            wide = self._axis.widen(self._inner(*narrow[0], **narrow[1]))
+            if wide is not None:
+                return wide
+        return self._inner(*args, **kwargs)
+
+
+class Lanes:
+    """Forward of a module whose random parts also see tensors without a batch: one sample after the other.
+
+    Args:
+        batched: names of the module's arguments that are batch-leading.
+    """
+
+    def __init__(self, axis: SampleAxis, module: nn.Module, batched: Iterable[str]) -> None:
+        self._axis = axis
+        self._inner: Callable[..., Any] = module.forward
+        self._names = list(inspect.signature(module.forward).parameters)
+        self._batched = frozenset(batched)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        axis = self._axis
+        if axis.lane is not None:
+            return self._inner(*args, **kwargs)
+        kwargs = dict(zip(self._names, args, strict=False)) | kwargs
+        lanes = []
+        for lane in range(axis.num_samples):
+            axis.lane = lane
+            lanes.append(self._inner(**{name: self._lane(value, name) for name, value in kwargs.items()}))
+        axis.lane = None
+        axis.begun = True
+        return tree_map(lambda *v: torch.cat(v) if isinstance(v[0], Tensor) else v[0], *lanes)
+
+    def _lane(self, value: Any, name: str) -> Any:
+        if name not in self._batched or not isinstance(value, Tensor) or len(value) == 1 < self._axis.num_samples:
+            return value
+        return value.unflatten(0, (self._axis.num_samples, -1))[self._axis.lane]
