@@ -8,7 +8,7 @@ from harness import alternate, compare
 from peft import LoraConfig, get_peft_model
 from published import PublishedSwag
 from swag_lora import Prediction, Predictor, SwagPosterior, predict
-from swag_lora.demo import encoder_folder
+from swag_lora.demo import encoder
 from transformers import AutoModelForSequenceClassification
 
 SAMPLES, LENGTH, RANK = 16, 32, 20
@@ -18,7 +18,7 @@ SAMPLES, LENGTH, RANK = 16, 32, 20
 def fine_tune():
     """MiniLM with LoRA on query and value, and posteriors of both kinds from the same 20 collections."""
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(encoder_folder(), num_labels=4)
+    model = AutoModelForSequenceClassification.from_pretrained(encoder(), num_labels=4)
     config = LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=["query", "value"])
     model = get_peft_model(model, config).eval()
     random = [p for p in model.parameters() if p.requires_grad]

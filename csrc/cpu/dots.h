@@ -96,10 +96,10 @@ void dot_rows_of(const X* x, int64_t ldx, int64_t rows, const A* const* a, int64
   if (rows - m == 1) dot_tile<1, NR>(x + m * ldx, ldx, a, depth, h + m * ldh, ldh, columns, first);
 }
 
-// h[m, j] = Σ_k x[m, k] a[j, k], all in float32; h has row stride ldh.
+// h[m, j] = Σ_k x[m, k] a[j, k], or += where accumulate is set, in float32; h has row stride ldh.
 template <class X, class A>
 void dots(const X* x, int64_t ldx, int64_t rows, const A* a, int64_t lda, int64_t rank, int64_t depth, float* h,
-          int64_t ldh) {
+          int64_t ldh, bool accumulate = false) {
   using D = Dot<X, A>;
   constexpr bool widen = !std::is_same_v<A, float> && D::step == f32::width;
   constexpr int64_t ld_wide = D::chunk + f32::width;
@@ -107,6 +107,7 @@ void dots(const X* x, int64_t ldx, int64_t rows, const A* a, int64_t lda, int64_
     const int64_t columns = std::min<int64_t>(dot_columns, rank - j);
     for (int64_t k = 0; k == 0 || k < depth; k += D::chunk) {
       const int64_t length = std::min(D::chunk, depth - k);
+      const bool first = k == 0 && !accumulate;
       const A* a_rows[dot_columns];
       for (int n = 0; n < dot_columns; ++n) a_rows[n] = a + (j + std::min<int64_t>(n, columns - 1)) * lda + k;
       if constexpr (widen) {
@@ -119,11 +120,11 @@ void dots(const X* x, int64_t ldx, int64_t rows, const A* a, int64_t lda, int64_
             for (; i + f32::width <= length; i += f32::width) store(wide + n * ld_wide + i, load(a_rows[n] + i));
             if (i < length) store(wide + n * ld_wide + i, load(a_rows[n] + i, length - i));
           }
-          dot_rows_of<dot_columns>(x + k, ldx, rows, wide_rows, length, h + j, ldh, columns, k == 0);
+          dot_rows_of<dot_columns>(x + k, ldx, rows, wide_rows, length, h + j, ldh, columns, first);
           continue;
         }
       }
-      dot_rows_of<dot_columns>(x + k, ldx, rows, a_rows, length, h + j, ldh, columns, k == 0);
+      dot_rows_of<dot_columns>(x + k, ldx, rows, a_rows, length, h + j, ldh, columns, first);
     }
   }
 }

@@ -1,10 +1,14 @@
 // w_s = mean + diag_scale std eps_s + low_rank_scale deviations^T z_s for all samples s, reading the state once.
 
 #include <cstdlib>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "core/normal.h"
 #include "core/philox.h"
 #include "kernels.h"
+#include "pack.h"
 #include "segments.h"
 #include "simd.h"
 
@@ -14,10 +18,8 @@ namespace {
 constexpr int64_t kWidth = f32::width;
 constexpr int64_t kTile = 4 * kWidth;  // elements of one vector of quads
 constexpr int64_t kBlock = 1024;
-#ifndef ND
-#define ND 2
-#endif
-constexpr int kDraws = ND;
+constexpr int kDrawsAtOnce = 4;
+constexpr int64_t kLargeOutput = 8 << 20;  // bytes, more than stays in the caches
 
 // Aligned memory without std::vector, whose weak symbols the linker would share between instruction sets.
 class Scratch {
@@ -32,13 +34,27 @@ class Scratch {
   float* data_;
 };
 
-// 4 W consecutive normals; quad holds their W quads in the order of quad_index().
-SWAG_INLINE void normals(u32 quad, uint32_t sample, uint32_t tensor, uint32_t stream, uint64_t seed, f32 (&n)[4]) {
-  u32 c0 = quad, c1 = u32(sample), c2 = u32(tensor), c3 = u32(stream);
+// 4 W consecutive normals of each of K samples; quad holds their W quads in the order of quad_index().
+template <int K>
+SWAG_INLINE void normals(u32 quad, uint32_t sample, uint32_t tensor, uint32_t stream, uint64_t seed, f32 (&n)[K][4]) {
+  using U = pack<u32, K>;
+  using F = pack<f32, K>;
+  U c0, c1, c2(tensor), c3(stream);
+  for (int p = 0; p < K; ++p) {
+    c0.v[p] = quad;
+    c1.v[p] = u32(sample + static_cast<uint32_t>(p));
+  }
   core::philox(c0, c1, c2, c3, seed);
-  core::box_muller(c0, c1, n[0], n[1]);
-  core::box_muller(c2, c3, n[2], n[3]);
-  transpose4(n[0], n[1], n[2], n[3]);
+  F n0, n1, n2, n3;
+  core::box_muller(c0, c1, n0, n1);
+  core::box_muller(c2, c3, n2, n3);
+  for (int p = 0; p < K; ++p) {
+    transpose4(n0.v[p], n1.v[p], n2.v[p], n3.v[p]);
+    n[p][0] = n0.v[p];
+    n[p][1] = n1.v[p];
+    n[p][2] = n2.v[p];
+    n[p][3] = n3.v[p];
+  }
 }
 
 // The counters that the requested samples need: with antithetic pairs, one for two samples.
@@ -54,10 +70,10 @@ struct Counters {
 void low_rank_normals(const DrawArgs& a, const Counters& counters, int64_t stride, float* z) {
   for (int64_t k = 0; k < counters.number; ++k)
     for (int64_t r = 0; r < a.rank; r += kTile) {
-      f32 n[4];
-      normals(u32(static_cast<uint32_t>(r / 4)) + quad_index(), counters.first + static_cast<uint32_t>(k), 0, core::stream_z,
-              a.seed, n);
-      for (int j = 0; j < 4; ++j) store(z + k * stride + r + j * kWidth, n[j] * f32(a.low_rank_scale));
+      f32 n[1][4];
+      normals<1>(u32(static_cast<uint32_t>(r / 4)) + quad_index(), counters.first + static_cast<uint32_t>(k), 0, core::stream_z,
+                 a.seed, n);
+      for (int j = 0; j < 4; ++j) store(z + k * stride + r + j * kWidth, n[0][j] * f32(a.low_rank_scale));
     }
 }
 
@@ -81,10 +97,9 @@ template <class T, bool kStream, int kDraws>
 SWAG_INLINE void draw_tile(const DrawArgs& a, const Counters& counters, const Place& at, const f32 (&mean)[4],
                            const f32 (&std)[4], const float* tile, const float* z, int64_t z_stride, int64_t k) {
   f32 d[kDraws][4];
-  for (int p = 0; p < kDraws; ++p) {
-    normals(at.quad, counters.first + static_cast<uint32_t>(k + p), at.tensor, core::stream_eps, a.seed, d[p]);
+  normals<kDraws>(at.quad, counters.first + static_cast<uint32_t>(k), at.tensor, core::stream_eps, a.seed, d);
+  for (int p = 0; p < kDraws; ++p)
     for (int j = 0; j < 4; ++j) d[p][j] = d[p][j] * std[j];
-  }
   for (int64_t r = 0; r < a.rank; ++r)
     for (int j = 0; j < 4; ++j) {
       const f32 column = load(tile + r * kTile + j * kWidth);
@@ -124,9 +139,14 @@ void draw_place(const DrawArgs& a, const Counters& counters, const float* z, int
   }
   // Copied because rows a power of two apart would evict each other from the cache.
   for (int64_t r = 0; r < a.rank; ++r)
-    for (int j = 0; j < 4; ++j) store(tile + r * kTile + j * kWidth, load(a.deviations + r * a.size + at.begin + j * kWidth));
+    for (int j = 0; j < 4; ++j) {
+      const float* const row = a.deviations + r * a.size + at.begin + j * kWidth;
+      store(tile + r * kTile + j * kWidth, load(row));
+      __builtin_prefetch(row + kTile);
+    }
   int64_t k = 0;
-  for (; k + kDraws <= counters.number; k += kDraws) draw_tile<T, kStream, kDraws>(a, counters, at, mean, std, tile, z, z_stride, k);
+  for (; k + kDrawsAtOnce <= counters.number; k += kDrawsAtOnce)
+    draw_tile<T, kStream, kDrawsAtOnce>(a, counters, at, mean, std, tile, z, z_stride, k);
   for (; k < counters.number; ++k) draw_tile<T, kStream, 1>(a, counters, at, mean, std, tile, z, z_stride, k);
 }
 
@@ -154,16 +174,29 @@ void draw_blocks(const DrawArgs& a, const Counters& counters, const float* z, in
   }
 }
 
+// On pages of 4 KB the faults of a fresh output cost more than all the arithmetic. Failure is harmless.
+void use_huge_pages([[maybe_unused]] void* out, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 4096;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(out) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(out) + static_cast<uintptr_t>(bytes)) / page * page;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 template <class T>
 void draw_as(const DrawArgs& a) {
   const Counters counters(a);
   const int64_t z_stride = (a.rank + kTile - 1) / kTile * kTile;
   const Scratch z(counters.number * z_stride);
   low_rank_normals(a, counters, z_stride, z.get());
-  if (reinterpret_cast<uintptr_t>(a.out) % 64 == 0 && !getenv("NOSTREAM"))
+  const int64_t bytes = a.num_samples * a.size * static_cast<int64_t>(sizeof(T));
+  if (bytes >= kLargeOutput && reinterpret_cast<uintptr_t>(a.out) % 64 == 0) {
+    use_huge_pages(a.out, bytes);
     draw_blocks<T, true>(a, counters, z.get(), z_stride);
-  else
+  } else {
     draw_blocks<T, false>(a, counters, z.get(), z_stride);
+  }
 }
 
 }  // namespace

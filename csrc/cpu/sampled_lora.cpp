@@ -1,4 +1,4 @@
-// sampled_lora: y_s = base_s + scaling (x_s A_sᵀ) B_sᵀ, and its gradients.
+// sampled_lora: y_s = base_s + scaling (x_s A_sᵀ) B_sᵀ.
 //
 // The hidden activations h = x Aᵀ stay in float32. Every output is summed in one order (see dots.h and rank_update.h), so
 // how the work is cut, and over how many threads, changes no bit.
@@ -8,6 +8,7 @@
 #include "dots.h"
 #include "dtypes.h"
 #include "kernels.h"
+#include "panel.h"
 #include "rank_update.h"
 #include "scratch.h"
 #include "transpose.h"
@@ -16,18 +17,8 @@ namespace swag::SWAG_ISA {
 
 namespace {
 
-constexpr int64_t panel_floats = 8192;  // one panel of B stays in the first-level cache
 constexpr int64_t row_block = 128;
 constexpr int64_t column_step = update_vectors * f32::width;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t panel_columns(int64_t depth) {
-  return std::max(panel_floats / std::max<int64_t>(depth, 1) / column_step, int64_t{1}) * column_step;
-}
-// One vector more than the columns: rows of a panel must not all fall into the same cache sets.
-int64_t panel_ld(int64_t columns) { return ceil_div(columns, f32::width) * f32::width + f32::width; }
-int64_t panel_size(int64_t depth) { return depth * panel_ld(panel_columns(depth)); }
 
 template <class T>
 const T* at(const void* p, int64_t offset) {
@@ -139,7 +130,5 @@ void sampled_lora(const SampledLoraArgs& a) {
     }
   }
 }
-
-void sampled_lora_backward(const SampledLoraBackwardArgs&) {}
 
 }  // namespace swag::SWAG_ISA

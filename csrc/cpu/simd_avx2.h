@@ -8,6 +8,7 @@ namespace swag::SWAG_ISA {
 
 struct mask {
   __m256 v;
+  mask() = default;
   SWAG_INLINE mask(__m256 v) : v(v) {}
 };
 

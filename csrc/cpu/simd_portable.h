@@ -13,6 +13,7 @@ using int4 __attribute__((vector_size(16))) = int32_t;
 
 struct mask {
   int4 v;
+  mask() = default;
   SWAG_INLINE mask(int4 v) : v(v) {}
 };
 
@@ -94,13 +95,12 @@ SWAG_INLINE f32 from_int(u32 a) { return __builtin_convertvector(reinterpret_cas
 SWAG_INLINE f32 from_uint(u32 a) { return from_int(a >> 16) * f32(65536.0f) + from_int(a & u32(0xffffu)); }
 
 SWAG_INLINE u32 mul(u32 a, u32 b, u32& high) {
-  uint4 low;
-  for (int i = 0; i < 4; ++i) {
-    const uint64_t product = static_cast<uint64_t>(a.v[i]) * b.v[i];
-    low[i] = static_cast<uint32_t>(product);
-    high.v[i] = static_cast<uint32_t>(product >> 32);
-  }
-  return low;
+  const auto product = [&](int i) { return static_cast<uint64_t>(a.v[i]) * b.v[i]; };
+  const uint64_t p[4] = {product(0), product(1), product(2), product(3)};
+  high = uint4{static_cast<uint32_t>(p[0] >> 32), static_cast<uint32_t>(p[1] >> 32), static_cast<uint32_t>(p[2] >> 32),
+               static_cast<uint32_t>(p[3] >> 32)};
+  return uint4{static_cast<uint32_t>(p[0]), static_cast<uint32_t>(p[1]), static_cast<uint32_t>(p[2]),
+               static_cast<uint32_t>(p[3])};
 }
 
 // Scaling by powers of two lets the float unit place and round subnormal halves.

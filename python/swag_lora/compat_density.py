@@ -97,4 +97,6 @@ def _flatten(tensors: list[Tensor]) -> Tensor:
 
 
 def _gaussian(mean: Tensor, var: Tensor, root: Tensor) -> LowRankMultivariateNormal:
+    if not len(root):
+        root = root.new_zeros(1, root.shape[1])  # torch's distribution needs at least one column
     return LowRankMultivariateNormal(mean, root.double().mT, var + JITTER, validate_args=False)

@@ -176,7 +176,8 @@ def load_hook(
     error_msgs.extend(mismatches)
     complete = count_key in state_dict and all(key in state for key in shapes if not key.endswith("_cov_mat_sqrt"))
     if mismatches or not complete:
-        state_dict[count_key] = module.n_models
+        if count_key in state_dict:
+            state_dict[count_key] = module.n_models
         return
     if n != int(module.n_models) or not _is_current(module, state, n):
         moments.load(state, n)

@@ -1,7 +1,7 @@
 """Reading labelled text: folders of JSON lines and hub data sets.
 
-A folder holds `train`, `val`, `test` and optionally `oos_test` (inputs from elsewhere), each as `.jsonl` or `.jsonl.gz`,
-and optionally `labels.json`, the list of class names. A line is either
+A folder holds `train`, `val`, `test` and optionally `oos_test` (inputs from elsewhere), each as `.jsonl` or
+`.jsonl.gz`, and optionally `labels.json`, the list of class names. A line is either
 
     {"text": "...", "label": 3}                                   label: a class index, or a name of labels.json
     {"question": "...", "choices": ["...", "..."], "answer": 0}   answer: an index into choices
@@ -183,10 +183,10 @@ def _labels_found(name: str, rows: dict[str, list[tuple[str, Any]]]) -> tuple[st
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    opener = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
-        with opened as file:
+        with opener(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield f"{path}:{number}", json.loads(line)

@@ -24,8 +24,8 @@ from swag_lora.tasks import Task
 from swag_lora.weights import SampledWeights
 
 POINT_ESTIMATES = {"map": "MAP, last epoch", "map-best": "MAP, best validation epoch"}
-SCALES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-_SELECTION_SAMPLES = 16
+SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
+_SELECTION_SAMPLES = 8
 
 # A constant, not a share of the free memory, so that the same command does the same arithmetic everywhere.
 _TOKENS_PER_PASS = 16_384
@@ -89,7 +89,7 @@ class Evaluator:
     def sampled(
         self, posterior: SwagPosterior, encoded: Encoded, sampling: Sampling, title: str = ""
     ) -> Prediction:
-        """Predictions averaged over samples, in one pass where `_TOKENS_PER_PASS` allows, else in as few as possible."""
+        """Predictions averaged over samples, in as few passes as `_TOKENS_PER_PASS` allows."""
         width, antithetic = _width(encoded), sampling.antithetic
         step = self._samples_per_pass(encoded, sampling)
         self._check_memory(posterior, encoded, sampling, step)
@@ -145,7 +145,7 @@ class Evaluator:
 
 
 def choose_scale(evaluator: Evaluator, posterior: SwagPosterior, encoded: Encoded, seed: int = 0) -> dict[float, float]:
-    """The validation NLL at each of `SCALES`, averaged over 16 samples; take the scale with the smallest."""
+    """The validation NLL at each of `SCALES`, averaged over 8 samples; take the scale with the smallest."""
     labels = _labels(encoded)
     result = {}
     for scale in SCALES:
@@ -170,7 +170,7 @@ def load_folder(
         peft_model = PeftModel.from_pretrained(base, str(folder))
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"the adapter in {folder} does not fit {task.model}: {error}") from None
-    peft_model.eval()
+    peft_model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     posterior = SwagPosterior.from_pretrained(peft_model, folder)
     return Evaluator(task, peft_model, tokenizer, batch_size, show), posterior
 

@@ -68,7 +68,7 @@ class Layout:
         """Each tensor's part of ``buffer [*lead, N]`` as a view ``[*lead, *shape]``."""
         lead = buffer.shape[:-1]
         return {
-            name: buffer[..., segment].view(*lead, *shape)
+            name: buffer[..., segment].view((*lead, *shape))
             for name, shape, segment in zip(self.names, self.shapes, self.segments, strict=True)
         }
 
@@ -131,6 +131,8 @@ class Layout:
                 tuple(getattr(torch, row["dtype"]) for row in rows),
             )
             offsets = [int(row["offset"]) for row in rows]
+            if not offsets:
+                raise KeyError("no tensors")
         except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"not a layout: {error}") from error
         for name, offset, segment in zip(layout.names, offsets, layout.segments, strict=True):

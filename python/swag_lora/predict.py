@@ -73,9 +73,8 @@ class Prediction:
         if len(counts) > 1:
             raise ValueError(f"predictions of different sample counts cannot be joined: {sorted(counts)}")
         parts = [prediction._tensors() for prediction in predictions]
-        return replace(
-            predictions[0], **{name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        )
+        joined: dict[str, Any] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return replace(predictions[0], **joined)
 
     @staticmethod
     def from_logits(logits: Tensor, antithetic: bool = False) -> Prediction:

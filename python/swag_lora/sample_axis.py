@@ -58,7 +58,7 @@ class SampleAxis:
         self._batch = batch
         self._rows = rows
         self._sizes = sizes
-        self._prefix_rows: int | None = None
+        self._share_prefix = False
 
     def enter(self, args: tuple, kwargs: dict[str, Any], share_prefix: bool) -> tuple[tuple, dict[str, Any]]:
         """Start a forward: every batch-leading tensor of the call, ``[B, ...]``, becomes ``[S * B, ...]``.
@@ -86,8 +86,9 @@ class SampleAxis:
         self._sizes = frozenset(
             size for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor) for size in v.shape[1:]
         )
-        if share_prefix:
-            self._prefix_rows = self._shareable_rows()
+        known, total = self._sizes | self._tables, self.num_samples * self._rows
+        confusable = total in known or any(size % total == 0 and size // total in known for size in known)
+        self._share_prefix = share_prefix and self.num_samples > 1 and not confusable
         return args, kwargs
 
     def _enter_value(self, value: Any, name: str) -> Any:
@@ -108,19 +109,6 @@ class SampleAxis:
             else v,
             value,
         )
-
-    def _shareable_rows(self) -> int | None:
-        """Rows to run before randomness begins: b, or the next multiple that no other size in sight equals.
-
-        A module's outputs are recognised as batch-leading by this size. None if only all rows are safe.
-        """
-        known, total = self._sizes | self._tables, self.num_samples * self._rows
-        if total in known or any(size % total == 0 and size // total in known for size in known):
-            return None
-        rows = self._rows
-        while rows < total and rows != 1 and rows in known:
-            rows += self._rows
-        return rows if rows < total else None
 
     def leave(self, output: Any) -> Any:
         """Give every batch-leading tensor of the output its sample axis: ``[S * n, ...]`` becomes ``[S, n, ...]``.
@@ -191,35 +179,36 @@ class SampleAxis:
         """The samples of `weight` ``[S, *shape]`` that pass through now: all, or the lane's own, ``[1, *shape]``."""
         return weight if self.lane is None else weight[self.lane : self.lane + 1]
 
-    def narrow(self, call: Any) -> Any | None:
-        """One copy of the rows of a call's arguments, or None where all rows have to run.
+    def narrow(self, call: Any) -> tuple[Any, int] | None:
+        """One copy of the rows of a call's arguments and their number, or None where all rows have to run.
 
         Tensors with S * b leading rows are cut. All others must certainly have no batch: a scalar, leading size 1, a
         size known from the inputs or the model's tables, or no multiple of S * b. Whatever cannot be looked into
-        (a cache, a mask object, a row count given as an integer) keeps all rows.
+        (a cache, a mask object, a row count given as an integer) keeps all rows. Where b equals another size, so that
+        the output's batch could not be told from it, the rows are a small multiple of b.
         """
-        rows, total = self._prefix_rows, self.num_samples * self._rows
-        if rows is None or self.begun or self.lane is not None:
+        if not self._share_prefix or self.begun or self.lane is not None:
             return None
+        total = self.num_samples * self._rows
         leaves, spec = tree_flatten(call)
-        tensors = [v for v in leaves if isinstance(v, Tensor) and v.dim() > 0]
-        if any(_is_opaque(v) for v in leaves) or any(type(v) is int and v == total for v in leaves):
+        if any(_is_opaque(v) or (type(v) is int and v == total) for v in leaves):
             return None
+        tensors = [v for v in leaves if isinstance(v, Tensor) and v.dim() > 0]
         inner = {size for v in tensors for size in v.shape[1:]}
         known = self._sizes | self._tables
-        if total in inner or (rows in inner and rows != 1):
+        certain = all(len(v) in (1, total) or len(v) in known or len(v) % total for v in tensors)
+        if total in inner or not certain or all(len(v) != total for v in tensors):
             return None
-        if not all(len(v) in (1, total) or len(v) in known or len(v) % total for v in tensors):
-            return None
-        if not any(len(v) == total for v in tensors):
+        rows = self._rows
+        while rows > 1 and rows in known | inner:
+            rows += self._rows
+        if rows >= total:
             return None
         cut = [v[:rows] if isinstance(v, Tensor) and v.dim() > 0 and len(v) == total else v for v in leaves]
-        return tree_unflatten(cut, spec)
+        return tree_unflatten(cut, spec), rows
 
-    def widen(self, output: Any) -> Any | None:
-        """Repeat a narrowed module's output for all S * b rows; None where an output could be of either kind."""
-        rows = self._prefix_rows
-        assert rows is not None
+    def widen(self, output: Any, rows: int) -> Any | None:
+        """Repeat the output of a module narrowed to `rows` for all S * b rows; None where its rows are in doubt."""
         leaves, spec = tree_flatten(output)
         if any(_is_opaque(v) for v in leaves):
             return None
@@ -228,7 +217,7 @@ class SampleAxis:
             if isinstance(value, Tensor) and value.dim() > 0:
                 if len(value) == rows:
                     value = _repeat(value[: self._rows], self.num_samples)
-                elif len(value) != 1 and len(value) % rows == 0:
+                elif len(value) > 1 and len(value) % rows == 0:
                     return None
             wide.append(value)
         return tree_unflatten(wide, spec)
@@ -252,7 +241,8 @@ class Prefix:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         narrow = self._axis.narrow((args, kwargs))
         if narrow is not None:
-            wide = self._axis.widen(self._inner(*narrow[0], **narrow[1]))
+            (few_args, few_kwargs), rows = narrow
+            wide = self._axis.widen(self._inner(*few_args, **few_kwargs), rows)
             if wide is not None:
                 return wide
         return self._inner(*args, **kwargs)

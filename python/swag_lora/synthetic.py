@@ -1,10 +1,10 @@
 """A small text classification set, made from a seed: letters to a town hall, to be sent to one of six departments.
 
-A letter is about one department's business, and half of the time it mentions a second one's. The clerk who labelled it
-usually, but not always, picked the first: a label is *drawn* from probabilities known here (`label_probs`), in the
-training and in the test data alike. A model that becomes certain is therefore wrong to be, and how well any model could
-do is known (`ceiling`). The out-of-distribution letters have the same openings and closings, and are about films, chess,
-planets, bread and the like.
+A letter is about one department's business, and half of the time it mentions a second one's. The clerk who labelled
+it usually, but not always, picked the first: a label is *drawn* from probabilities known here (`label_probs`), in the
+training and in the test data alike. A model that becomes certain is therefore wrong to be, and how well any model
+could do is known (`ceiling`). The out-of-distribution letters have the same openings and closings, and are about
+music, chess, planets, bread and the like.
 """
 
 from __future__ import annotations
@@ -16,15 +16,11 @@ from collections.abc import Mapping
 from swag_lora.data import Dataset, Example
 
 _OPENINGS = (
-    "Hello,", "Good morning,", "To whom it may concern:", "I am writing again because", "Just a short note:",
-    "My neighbours and I noticed that", "Sorry to bother you, but", "For the third time this month,",
-    "I would like to report that", "As I told your colleague on the phone,", "It seems that", "Is it normal that",
+    "", "", "", "", "Hello,", "Good morning,", "Again,", "Sorry, but", "I noticed that", "It seems that", "Once more,",
+    "Why is it that",
 )  # fmt: skip
-_CLOSINGS = (
-    "", "", "Thank you.", "Please do something.", "Who is responsible?", "I look forward to your answer.",
-    "This cannot go on.", "It is not urgent.", "I have sent a photograph.", "Kind regards from a patient citizen.",
-)  # fmt: skip
-_LINKS = ("and besides,", "and at the same time", "while", "and because of that", "just as", "not to mention that")
+_CLOSINGS = ("", "", "", "", "", "Thank you.", "Please act.", "Who is responsible?", "It is not urgent.")
+_LINKS = ("and", "and also", "while", "because", "just as")
 _PLACES = (
     "near the station", "in our street", "behind the school", "by the old mill", "on the market square", "next door",
     "at the corner", "along the river", "by the hospital", "across from the bakery", "at number nine", "up the hill",
@@ -79,7 +75,7 @@ _ELSEWHERE = (
 )  # fmt: skip
 
 LABELS = tuple(_DEPARTMENTS)
-SIZES = {"train": 800, "val": 300, "test": 600, "oos_test": 300}
+SIZES = {"train": 600, "val": 200, "test": 400, "oos_test": 200}
 _FIRST, _SECOND = 0.66, 0.24
 
 
@@ -130,7 +126,7 @@ def _outside(rng: random.Random) -> Example:
 
 
 def _clause(rng: random.Random, subjects: tuple[str, ...], troubles: tuple[str, ...]) -> str:
-    place = rng.choice(_PLACES) + " " if rng.random() < 0.5 else ""
+    place = rng.choice(_PLACES) + " " if rng.random() < 0.3 else ""
     return f"{rng.choice(subjects)} {place}{rng.choice(troubles)}"
 
 

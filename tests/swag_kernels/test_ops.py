@@ -45,7 +45,7 @@ def test_no_graph_break():
 
     def step(param, x, base):
         collect_([param], mean, m2, deviations, count, LAYOUT[:1])
-        weights = draw(**draw_inputs(mean=mean, layout=LAYOUT[:1]))
+        weights = draw(**draw_inputs(mean=mean, deviations=deviations, layout=LAYOUT[:1]))
         logits = sampled_lora(x, weights[:, :4].view(4, 2, 2), weights[:, 4:16].view(4, 6, 2), 0.5, base)
         bayes_average_(state, logits)
         return logits
@@ -53,7 +53,8 @@ def test_no_graph_break():
     param, x, base = torch.randn(5), torch.randn(1, 3, 2), torch.randn(4, 3, 6)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(param, x, base.clone())
     assert int(count) == 1 and state.num_samples == 4
-    mean.zero_(), m2.zero_(), count.zero_()
+    for buffer in (mean, m2, deviations, count):
+        buffer.zero_()
     torch.testing.assert_close(compiled, step(param, x, base))
 
 

@@ -12,6 +12,7 @@ from tiny_models import FAMILIES, LABELS, samples, text
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers.cache_utils import Cache
+from transformers.pytorch_utils import Conv1D
 
 SAMPLES = 3
 
@@ -72,7 +73,7 @@ def rows_seen(sampled: SampledModel, parts: list[str]) -> dict[str, set[int]]:
         return lambda module, args, output: seen[part].add(len(args[0]))
 
     for part in parts:
-        names = [n for n, m in sampled.model.named_modules() if part in n and isinstance(m, nn.Linear) and "lora_" not in n]
+        names = [n for n, m in sampled.model.named_modules() if part in n and isinstance(m, (nn.Linear, Conv1D)) and "lora_" not in n]
         assert names, f"no linear layer in {part}"
         for name in names:
             sampled.model.get_submodule(name).register_forward_hook(watch(part))
@@ -101,3 +102,22 @@ def test_hidden_states_and_attentions(family):
         model.set_attn_implementation("eager")
     batch = FAMILIES[family].batch(4, "right")
     check_equal_to_loop(model, samples(model, SAMPLES), batch, output_hidden_states=True, output_attentions=True)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "choice"])
+def test_rows_before_the_first_random_module_run_once(family):
+    """LoRA on the last two of four layers: the first two see B rows, the others S * B."""
+    num_samples, batch = 4, 2
+    tiny = FAMILIES[family]
+    model = tiny.lora(layers_to_transform=[2, 3], layers_pattern=tiny.layers.split(".")[-1])
+    sampled = check_equal_to_loop(model, samples(model, num_samples), tiny.batch(batch, "right"))
+    within = ".self_attn." if family == "opt" else "."
+    seen = rows_seen(sampled, layers := [f"{tiny.layers}.{i}{within}" for i in range(4)])
+    with torch.no_grad():
+        sampled(**tiny.batch(batch, "right"))
+    table_of_relative_positions = {1} if family in ("deberta_v1", "deberta_v3") else set()
+    rows = [seen[layer] - table_of_relative_positions for layer in layers]
+    assert rows[0] == rows[1] == {batch}
+    assert num_samples * batch in rows[2]
+    if family not in ("deberta_v1", "deberta_v3"):
+        assert rows[3] == {num_samples * batch}

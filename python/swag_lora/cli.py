@@ -1,0 +1,264 @@
+"""The command `swag-lora`: demo, fit, evaluate, info."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; bad input ends in one line on the standard error and the exit status 2."""
+    arguments = _parser().parse_args(argv)
+    try:
+        _quiet()
+        arguments.run(arguments)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"swag-lora: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("swag-lora: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from swag_lora import demo, tables
+
+    _check_json(arguments.json)
+    result = demo.run(
+        arguments.output,
+        data=arguments.data,
+        samples=arguments.samples,
+        seed=arguments.seed,
+        threads=arguments.threads,
+        show=True,
+    )
+    tables.show(result, demo.title(result), demo.caption(result), arguments.json)
+
+
+def _fit(arguments: argparse.Namespace) -> None:
+    from swag_lora import data, fit, tables
+
+    _check_json(arguments.json)
+    dataset = data.load(arguments.data, ("train", "val"))
+    if arguments.train_examples:
+        dataset = dataset.subset({"train": arguments.train_examples}, arguments.seed)
+    recipe = fit.Recipe(
+        epochs=arguments.epochs,
+        start=arguments.start,
+        collections=arguments.collections,
+        rank=arguments.rank,
+        lr=arguments.lr,
+        swag_lr=arguments.lr / 10 if arguments.swag_lr is None else arguments.swag_lr,
+        batch_size=arguments.batch_size,
+        lora_rank=arguments.lora_rank,
+        lora_alpha=2 * arguments.lora_rank if arguments.lora_alpha is None else arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=arguments.target_modules,
+        seed=arguments.seed,
+        threads=arguments.threads,
+    )
+    history = fit.fit(arguments.output, arguments.model, dataset, recipe, arguments.max_length, show=True)
+    tables.write_json(history, arguments.json)
+    print(
+        f"posterior of {recipe.collections} collections in {arguments.output}; "
+        f"next: swag-lora evaluate {arguments.output} --data {arguments.data}",
+        file=sys.stderr,
+    )
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from swag_lora import data, evaluate, tables
+
+    _check_json(arguments.json)
+    task = evaluate.Task.load(arguments.folder)
+    dataset = data.load(arguments.data, ("test", "oos_test"), task.labels)
+    task.check(dataset)
+    evaluator, posterior = evaluate.load_folder(
+        arguments.folder, arguments.model, arguments.batch_size, show=True
+    )
+    scale = task.scale if arguments.scale is None else arguments.scale
+    sampling = evaluate.Sampling(arguments.samples, arguments.seed, scale, arguments.method)
+    rows = evaluate.rows(arguments.folder, evaluator, posterior, dataset, sampling)
+    result = {
+        "data": dataset.name,
+        "examples": {name: len(examples) for name, examples in dataset.splits.items()},
+        "samples": sampling.samples,
+        "scale": scale,
+        "seed": sampling.seed,
+        "method": "antithetic" if sampling.antithetic else "iid",
+        "rows": rows,
+    }
+    caption = f"{result['examples']['test']} test examples, {result['method']} samples at scale {scale:g}"
+    tables.show(result, f"{arguments.folder} on {dataset.name}", caption, arguments.json)
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    if arguments.folder is None:
+        from swag_kernels import info
+
+        for package in ("swag-kernels", "torch", "transformers", "peft", "accelerate", "safetensors"):
+            print(f"{package:14}{_version(package)}")
+        info()
+        return
+    from swag_lora.describe import describe
+
+    for key, value in describe(arguments.folder).items():
+        print(f"{key:16}{value}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="swag-lora", description="Bayesian averaging over LoRA weights with SWAG.")
+    parser.add_argument("--version", action="version", version=_version("swag-kernels"))
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+
+    demo = commands.add_parser("demo", help="fine-tune a small encoder, collect a posterior, compare and time")
+    demo.add_argument("--data", help="folder or hub data set, instead of a set made on the spot")
+    demo.add_argument("--output", type=Path, default=Path("swag-lora-demo"), help="where the posterior is kept")
+    _sampling(demo)
+    _common(demo)
+    demo.set_defaults(run=_demo)
+
+    fit = commands.add_parser("fit", help="fine-tune with LoRA and collect a posterior")
+    fit.add_argument("model", help="folder or hub name of a transformers model")
+    fit.add_argument("--data", required=True, help="folder with train and val as .jsonl or .jsonl.gz, or hub data set")
+    fit.add_argument("--output", type=Path, required=True, help="folder for the posterior")
+    fit.add_argument("--epochs", type=_count, default=15, help="of the point estimate (default 15)")
+    fit.add_argument("--start", type=_fraction, default=1 / 3, help="SWAG leaves after this fraction of them (1/3)")
+    fit.add_argument("--collections", type=_at_least(2), default=10, help="SWAG epochs, one collection each (10)")
+    fit.add_argument("--rank", type=_at_least(2), default=10, help="deviations kept (10)")
+    fit.add_argument("--lr", type=_positive, default=1e-3, help="peak learning rate (1e-3)")
+    fit.add_argument("--swag-lr", type=_positive, help="constant rate while collecting (a tenth of --lr)")
+    fit.add_argument("--batch-size", type=_count, default=32)
+    fit.add_argument("--max-length", type=_count, default=128, help="tokens of an input (128)")
+    fit.add_argument("--train-examples", type=_count, help="at most so many, drawn at random")
+    fit.add_argument("--lora-rank", type=_count, default=8)
+    fit.add_argument("--lora-alpha", type=_count, help="(twice the rank)")
+    fit.add_argument("--lora-dropout", type=_probability, default=0.1)
+    fit.add_argument("--target-modules", type=_names, help="such as query,value (what PEFT takes for the model)")
+    _common(fit)
+    fit.set_defaults(run=_fit)
+
+    evaluate = commands.add_parser("evaluate", help="compare point estimates with the posterior on test data")
+    evaluate.add_argument("folder", help="a folder that `swag-lora fit` or `demo` wrote")
+    evaluate.add_argument("--data", required=True, help="folder with test and maybe oos_test, or hub data set")
+    evaluate.add_argument("--model", help="the base model, if it is no longer where it was")
+    evaluate.add_argument("--scale", type=_scale, help="of the covariance (what fit chose on validation data)")
+    evaluate.add_argument("--method", choices=("antithetic", "iid"), help="(antithetic for even --samples)")
+    evaluate.add_argument("--batch-size", type=_count, default=32)
+    _sampling(evaluate)
+    _seed_and_json(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
+    info = commands.add_parser("info", help="what is installed, or what a posterior folder holds")
+    info.add_argument("folder", nargs="?")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--samples", type=_count, default=32, metavar="K", help="weight samples averaged (32)")
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--threads", type=_count, default=2, help="for training; part of the result, like the seed (default 2)"
+    )
+    _seed_and_json(parser)
+
+
+def _seed_and_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=_at_least(0), default=0)
+    parser.add_argument("--json", metavar="FILE", help="write the result there, - for standard output")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _at_least(minimum: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {value}")
+        return value
+
+    return parse
+
+
+def _number(text: str, accepted: Callable[[float], bool], wanted: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and accepted(value)):
+        raise argparse.ArgumentTypeError(f"must be {wanted}, got {text}")
+    return value
+
+
+_count = _at_least(1)
+
+
+def _positive(text: str) -> float:
+    return _number(text, lambda x: x > 0, "a number above 0")
+
+
+def _scale(text: str) -> float:
+    return _number(text, lambda x: x >= 0, "a number, at least 0")
+
+
+def _fraction(text: str) -> float:
+    return _number(text, lambda x: 0 < x <= 1, "a fraction, above 0 and at most 1")
+
+
+def _probability(text: str) -> float:
+    return _number(text, lambda x: 0 <= x < 1, "a probability, at least 0 and below 1")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _check_json(target: str | None) -> None:
+    """Before hours of work, not after."""
+    if target is not None and target != "-" and not Path(target).resolve().parent.is_dir():
+        raise FileNotFoundError(f"no folder {Path(target).resolve().parent} for --json")
+
+
+def _quiet() -> None:
+    """Only our own lines on the terminal."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.simplefilter("ignore")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _one_line(error: BaseException) -> str:
+    # str() of an OSError with a file name has the errno in front, which helps nobody.
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""The baseline: a loop over samples in Python, one forward pass each, as public SWAG code does it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from swag_lora.posterior import SwagPosterior
+from swag_lora.predict import Prediction
+from swag_lora.tasks import Task
+
+
+class Loop:
+    """Predict by setting the model's weights to one sample after another.
+
+    `resampled` is the published algorithm: for every batch and every sample the moments of all tensors are gathered
+    and joined, a full-rank sample is drawn with torch's generator, and cut up into the model's parameters. `kept` takes
+    weights that are there already. Both overwrite the model's weights.
+    """
+
+    def __init__(self, task: Task, model: nn.Module, posterior: SwagPosterior, scale: float) -> None:
+        self.task, self.model, self.scale = task, model, scale
+        self.parameters = posterior.layout.parameters(model)
+        self.divisor = (min(int(posterior.count), posterior.rank) - 1) ** 0.5
+        views = posterior.layout.views
+        self.means = [mean.clone() for mean in views(posterior.mean).values()]
+        second = posterior.mean.square() + posterior.std().square()
+        self.squares = [square.clone() for square in views(second).values()]
+        self.deviations = [rows.flatten(1).clone() for rows in views(posterior.deviations).values()]
+
+    @torch.no_grad()
+    def resampled(self, batch: Mapping[str, Tensor], samples: int) -> Prediction:
+        logits = []
+        for _ in range(samples):
+            self._resample()
+            logits.append(self.task.logits(self.model, batch))
+        return Prediction.from_logits(torch.stack(logits))
+
+    @torch.no_grad()
+    def kept(self, batch: Mapping[str, Tensor], weights: Mapping[str, Tensor], antithetic: bool) -> Prediction:
+        logits = []
+        for tensors in zip(*weights.values(), strict=True):
+            for parameter, value in zip(self.parameters, tensors, strict=True):
+                parameter.copy_(value)
+            logits.append(self.task.logits(self.model, batch))
+        return Prediction.from_logits(torch.stack(logits), antithetic)
+
+    def _resample(self) -> None:
+        mean = torch.cat([mean.flatten() for mean in self.means])
+        square = torch.cat([square.flatten() for square in self.squares])
+        deviations = torch.cat(self.deviations, dim=1)
+        std = (square - mean**2).clamp(1e-30).sqrt()
+        low_rank = deviations.t() @ torch.randn(len(deviations))
+        sample = mean + self.scale**0.5 * (std * torch.randn_like(std) + low_rank / self.divisor)
+        start = 0
+        for parameter in self.parameters:
+            parameter.copy_(sample[start : start + parameter.numel()].view_as(parameter))
+            start += parameter.numel()

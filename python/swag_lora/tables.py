@@ -1,0 +1,73 @@
+"""Results for people (a table in the terminal) and for machines (JSON)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_COLUMNS = {
+    "accuracy": "accuracy",
+    "nll": "NLL",
+    "ece": "ECE-15",
+    "brier": "Brier",
+    "ood_auroc_entropy": "OOD AUROC",
+    "seconds_per_1000": "s / 1000",
+}
+_HIGHER_IS_BETTER = {"accuracy", "ood_auroc_entropy"}
+
+
+def table(rows: Sequence[Mapping[str, Any]], title: str, caption: str = "") -> Table:
+    """One line a row, one column for each metric that some row has; the best value of a metric is bold."""
+    columns = {key: header for key, header in _COLUMNS.items() if any(key in row for row in rows)}
+    best = {key: _best(key, rows) for key in columns if key != "seconds_per_1000"}
+    result = Table(title=title, caption=caption or None, caption_justify="left", title_justify="left")
+    result.add_column("")
+    for header in columns.values():
+        result.add_column(header, justify="right")
+    for row in rows:
+        cells = [_cell(key, row.get(key), best.get(key)) for key in columns]
+        result.add_row(row["name"], *cells)
+    return result
+
+
+def show(result: Mapping[str, Any], title: str, caption: str, target: str | None) -> None:
+    """Print the table of `result["rows"]`, and write `result` as JSON to `target`, "-" being the standard output.
+
+    With JSON on the standard output the table goes to the standard error.
+    """
+    width = None if sys.stdout.isatty() else 110
+    Console(stderr=target == "-", width=width, highlight=False).print(table(result["rows"], title, caption))
+    write_json(result, target)
+
+
+def write_json(result: Mapping[str, Any], target: str | None) -> None:
+    """Write `result` to the file `target`, to the standard output for "-", nowhere for None."""
+    text = json.dumps(result, indent=1, sort_keys=True) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+    elif target is not None:
+        Path(target).write_text(text, encoding="utf-8")
+
+
+def _best(key: str, rows: Sequence[Mapping[str, Any]]) -> str | None:
+    values = [row[key] for row in rows if key in row]
+    if len(values) < 2:
+        return None
+    return _number(key, max(values) if key in _HIGHER_IS_BETTER else min(values))
+
+
+def _cell(key: str, value: float | None, best: str | None) -> str:
+    if value is None:
+        return ""
+    text = _number(key, value)
+    return f"[bold]{text}[/bold]" if text == best else text
+
+
+def _number(key: str, value: float) -> str:
+    return f"{value:.2f}" if key == "seconds_per_1000" else f"{value:.3f}"
