@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -42,9 +43,14 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+@cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"swag_kernels.{BACKENDS[name]}")
+
+
 def _missing(name: str) -> str | None:
     """Why the back end cannot run here, or None if it can."""
-    return getattr(importlib.import_module(f"swag_kernels.{BACKENDS[name]}"), "missing", lambda: None)()
+    return getattr(_module(name), "missing", lambda: None)()
 
 
 def choose(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
@@ -73,7 +79,7 @@ def choose(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
 
 def select(device: torch.device, dtype: torch.dtype = torch.float32) -> ModuleType:
     """Module whose functions serve an op on this device and dtype."""
-    return importlib.import_module(f"swag_kernels.{BACKENDS[choose(device, dtype)]}")
+    return _module(choose(device, dtype))
 
 
 def info() -> None:

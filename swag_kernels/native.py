@@ -124,18 +124,20 @@ def draw(
     return out
 
 
-def _rows_contiguous(t: Tensor) -> Tensor:
-    """``t`` with its last two axes contiguous; the sample axis may keep any stride."""
-    return t if t.stride(2) == 1 and t.stride(1) == t.shape[2] else t.contiguous()
-
-
-def _sample_stride(t: Tensor) -> int:
-    return t.stride(0) if t.shape[0] > 1 else 0
+def _rows(t: Tensor) -> tuple[Tensor, int]:
+    """``t`` with its last two axes contiguous, and its stride over the samples: 0 where that axis has size 1."""
+    samples, _, columns = t.shape
+    stride, row, step = t.stride()
+    if step != 1 or row != columns:
+        t = t.contiguous()
+        stride = t.stride(0)
+    return t, stride if samples > 1 else 0
 
 
 def _sampled_lora(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Tensor, y: Tensor) -> None:
     samples, rank, features = A.shape
-    x, A, B, base = _rows_contiguous(x), _rows_contiguous(A), _rows_contiguous(B), _rows_contiguous(base)
+    _, rows, out = base.shape
+    (x, stride_x), (A, stride_A), (B, stride_B), (base, stride_base) = _rows(x), _rows(A), _rows(B), _rows(base)
     _kernels().sampled_lora(
         x.data_ptr(),
         A.data_ptr(),
@@ -143,14 +145,14 @@ def _sampled_lora(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Tensor,
         base.data_ptr(),
         y.data_ptr(),
         samples,
-        x.shape[1],
+        rows,
         features,
-        B.shape[1],
+        out,
         rank,
-        _sample_stride(x),
-        _sample_stride(A),
-        _sample_stride(B),
-        _sample_stride(base),
+        stride_x,
+        stride_A,
+        stride_B,
+        stride_base,
         scaling,
         _DTYPES[x.dtype],
         _DTYPES[base.dtype],
@@ -173,8 +175,14 @@ def sampled_lora_(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Tensor)
 
 def sampled_lora_backward(grad: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
     samples, rank, features = A.shape
-    grad, x, A, B = grad.contiguous(), _rows_contiguous(x), _rows_contiguous(A), _rows_contiguous(B)
+    _, rows, out = grad.shape
     dx, dA, dB = (torch.empty(t.shape, dtype=torch.float32) for t in (x, A, B))
+    if x.shape[0] > 1 and x.stride(0) == 0:  # an expanded x has a gradient for every sample, which stride 0 would add up
+        x = x.contiguous()
+    grad = grad.contiguous()
+    (x, stride_x), (A, stride_A), (B, stride_B) = _rows(x), _rows(A), _rows(B)
+    if not samples:
+        dx.zero_()
     _kernels().sampled_lora_backward(
         grad.data_ptr(),
         x.data_ptr(),
@@ -184,13 +192,13 @@ def sampled_lora_backward(grad: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling
         dA.data_ptr(),
         dB.data_ptr(),
         samples,
-        x.shape[1],
+        rows,
         features,
-        B.shape[1],
+        out,
         rank,
-        _sample_stride(x),
-        _sample_stride(A),
-        _sample_stride(B),
+        stride_x,
+        stride_A,
+        stride_B,
         scaling,
         _DTYPES[x.dtype],
         _DTYPES[grad.dtype],

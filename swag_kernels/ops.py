@@ -225,24 +225,34 @@ def sampled_lora(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Tensor) 
 
 
 def _check_lora(x: Tensor, A: Tensor, B: Tensor, base: Tensor) -> None:
-    shapes = f"x {list(x.shape)}, A {list(A.shape)}, B {list(B.shape)}, base {list(base.shape)}"
-    _require(x.dim() == A.dim() == B.dim() == base.dim() == 3, f"sampled_lora: all tensors have three axes, got {shapes}")
-    samples, rank, features = A.shape
-    _require(
-        x.shape[0] in (1, samples)
-        and base.shape[0] in (1, samples)
-        and x.shape[2] == features
-        and B.shape[0] == samples
-        and B.shape[2] == rank
-        and base.shape[1] == x.shape[1]
-        and base.shape[2] == B.shape[1],
-        f"sampled_lora: expected x [S or 1, M, in], A [S, r, in], B [S, out, r], base [S or 1, M, out], got {shapes}",
-    )
-    _require(
-        x.dtype == A.dtype == B.dtype and x.dtype in _FLOATS and base.dtype in _FLOATS,
-        f"sampled_lora: x, A and B need one floating dtype, got {x.dtype}, {A.dtype}, {B.dtype} (base {base.dtype})",
-    )
-    _require(x.device == A.device == B.device == base.device, "sampled_lora: all tensors must be on one device")
+    shapes = x.shape, A.shape, B.shape, base.shape
+    if not all(len(shape) == 3 for shape in shapes):
+        raise ValueError(f"sampled_lora: all tensors have three axes, got {_named_shapes(*shapes)}")
+    (x_samples, rows, x_features), (samples, rank, features), (B_samples, out, B_rank), base_shape = shapes
+    if not (
+        x_samples in (1, samples)
+        and base_shape[0] in (1, samples)
+        and x_features == features
+        and B_samples == samples
+        and B_rank == rank
+        and base_shape[1] == rows
+        and base_shape[2] == out
+    ):
+        raise ValueError(
+            f"sampled_lora: expected x [S or 1, M, in], A [S, r, in], B [S, out, r], base [S or 1, M, out], "
+            f"got {_named_shapes(*shapes)}"
+        )
+    dtype, device = x.dtype, x.device
+    if not (dtype == A.dtype == B.dtype and dtype in _FLOATS and base.dtype in _FLOATS):
+        raise ValueError(
+            f"sampled_lora: x, A and B need one floating dtype, got {x.dtype}, {A.dtype}, {B.dtype} (base {base.dtype})"
+        )
+    if not device == A.device == B.device == base.device:
+        raise ValueError("sampled_lora: all tensors must be on one device")
+
+
+def _named_shapes(*shapes: Sequence[int]) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in zip(("x", "A", "B", "base"), shapes, strict=True))
 
 
 def _sampled_lora_impl(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Tensor) -> Tensor:

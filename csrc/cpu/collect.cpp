@@ -1,7 +1,7 @@
 // mean, m2 and one deviation row updated in one pass over every tensor.
 
-#include <cstdlib>
 #include "core/moments.h"
+#include "dtypes.h"
 #include "kernels.h"
 #include "segments.h"
 #include "simd.h"
@@ -35,37 +35,30 @@ void update(const T* theta, float* mean, float* m2, float* slot, int64_t numel, 
   }
 }
 
-template <class T>
+// Elements [begin, end) of the arena, all of tensor t.
 void update_segment(const CollectArgs& a, int64_t t, int64_t begin, int64_t end, bool streamed) {
-  const T* theta = static_cast<const T*>(a.params[t]) + (begin - a.layout[t].offset);
   const float n = static_cast<float>(a.count + 1);
-  if (streamed)
-    update<T, true>(theta, a.mean + begin, a.m2 + begin, a.slot + begin, end - begin, n);
-  else
-    update<T, false>(theta, a.mean + begin, a.m2 + begin, a.slot ? a.slot + begin : nullptr, end - begin, n);
+  float* const slot = a.slot ? a.slot + begin : nullptr;
+  with_type(a.dtypes[t], [&](auto zero) {
+    using T = decltype(zero);
+    const T* theta = static_cast<const T*>(a.params[t]) + (begin - a.layout[t].offset);
+    const auto run = streamed ? update<T, true> : update<T, false>;
+    run(theta, a.mean + begin, a.m2 + begin, slot, end - begin, n);
+  });
 }
 
-// The elements [begin, end) of the arena, whole blocks.
+// Elements [begin, end) of the arena, whole blocks.
 void collect_range(const CollectArgs& a, int64_t begin, int64_t end, bool streamed) {
   int64_t t = segment_at(a.layout, a.num_tensors, begin);
   if (t < 0) t = 0;
-  for (int64_t i = begin; t < a.num_tensors && i < end; ++t) {
+  for (; t < a.num_tensors && a.layout[t].offset < end; ++t) {
     const Segment& segment = a.layout[t];
-    const int64_t start = segment.offset > begin ? segment.offset : begin;
-    const int64_t held = segment.offset + segment.numel;
-    const int64_t stop = held < end ? held : end;
-    if (start < stop) {
-      switch (a.dtypes[t]) {
-        case Dtype::float32: update_segment<float>(a, t, start, stop, streamed); break;
-        case Dtype::bfloat16: update_segment<bfloat16>(a, t, start, stop, streamed); break;
-        case Dtype::float16: update_segment<float16>(a, t, start, stop, streamed); break;
-      }
-      i = stop;
-    }
-    if (a.slot) {
-      const int64_t next = t + 1 < a.num_tensors ? a.layout[t + 1].offset : (held + kBlock - 1) / kBlock * kBlock;
-      for (int64_t pad = held > begin ? held : begin; pad < next && pad < end; ++pad) a.slot[pad] = 0.0f;
-    }
+    const int64_t stop = segment.offset + segment.numel;
+    const int64_t padded = (stop + kBlock - 1) / kBlock * kBlock;
+    const int64_t from = segment.offset > begin ? segment.offset : begin;
+    if (from < stop) update_segment(a, t, from, stop < end ? stop : end, streamed);
+    if (a.slot)
+      for (int64_t i = stop > begin ? stop : begin; i < padded && i < end; ++i) a.slot[i] = 0.0f;
   }
   if (streamed) fence();
 }
@@ -76,7 +69,7 @@ void collect(const CollectArgs& a) {
   if (a.num_tensors == 0) return;
   const Segment& last = a.layout[a.num_tensors - 1];
   const int64_t blocks = (last.offset + last.numel + kBlock - 1) / kBlock;
-  const bool streamed = a.slot && reinterpret_cast<uintptr_t>(a.slot) % 64 == 0 && !getenv("NOSTREAM");
+  const bool streamed = a.slot && reinterpret_cast<uintptr_t>(a.slot) % 64 == 0;
 #pragma omp parallel for num_threads(a.threads) schedule(static)
   for (int piece = 0; piece < a.threads; ++piece)
     collect_range(a, blocks * piece / a.threads * kBlock, blocks * (piece + 1) / a.threads * kBlock, streamed);

@@ -15,6 +15,11 @@ extern const Kernels table;
 namespace avx512 {
 extern const Kernels table;
 }
+#ifdef SWAG_AVX512_BF16
+namespace avx512_bf16 {
+extern const Kernels table;
+}
+#endif
 #endif
 
 namespace {
@@ -24,9 +29,12 @@ std::vector<const Kernels*> supported() {
 #ifdef SWAG_X86
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    sets.push_back(&avx512::table);
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#ifdef SWAG_AVX512_BF16
+  if (has_avx512 && __builtin_cpu_supports("avx512bf16")) sets.push_back(&avx512_bf16::table);
+#endif
+  if (has_avx512) sets.push_back(&avx512::table);
   if (has_avx2) sets.push_back(&avx2::table);
 #endif
   sets.push_back(&portable::table);

@@ -1,14 +1,15 @@
 // w_s = mean + diag_scale std eps_s + low_rank_scale deviations^T z_s for all samples s, reading the state once.
 
-#include <cstdlib>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
 #include "core/normal.h"
 #include "core/philox.h"
+#include "dtypes.h"
 #include "kernels.h"
 #include "pack.h"
+#include "scratch.h"
 #include "segments.h"
 #include "simd.h"
 
@@ -20,19 +21,6 @@ constexpr int64_t kTile = 4 * kWidth;  // elements of one vector of quads
 constexpr int64_t kBlock = 1024;
 constexpr int kDrawsAtOnce = 4;
 constexpr int64_t kLargeOutput = 8 << 20;  // bytes, more than stays in the caches
-
-// Aligned memory without std::vector, whose weak symbols the linker would share between instruction sets.
-class Scratch {
- public:
-  explicit Scratch(int64_t floats) : data_(static_cast<float*>(std::aligned_alloc(64, (static_cast<size_t>(floats) * 4 + 64) / 64 * 64))) {}
-  ~Scratch() { std::free(data_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  float* get() const { return data_; }
-
- private:
-  float* data_;
-};
 
 // 4 W consecutive normals of each of K samples; quad holds their W quads in the order of quad_index().
 template <int K>
@@ -151,25 +139,29 @@ void draw_place(const DrawArgs& a, const Counters& counters, const float* z, int
 }
 
 template <class T, bool kStream>
-void draw_blocks(const DrawArgs& a, const Counters& counters, const float* z, int64_t z_stride) {
-#pragma omp parallel num_threads(a.threads)
-  {
-    Scratch tile(a.rank * kTile);
-#pragma omp for schedule(static)
-    for (int64_t block = 0; block < a.size / kBlock; ++block) {
-      const int64_t begin = block * kBlock;
-      const int64_t t = segment_at(a.layout, a.num_tensors, begin);
-      const int64_t end = t < 0 ? begin : a.layout[t].offset + a.layout[t].numel;
-      for (int64_t i = begin; i < begin + kBlock; i += kTile) {
-        if (i < end) {
-          const auto quad = static_cast<uint32_t>((a.layout[t].first + i - a.layout[t].offset) / 4);
-          draw_place<T, kStream>(a, counters, z, z_stride, tile.get(), {i, end, u32(quad) + quad_index(), static_cast<uint32_t>(t)});
-        } else {
-          for (int64_t s = 0; s < a.num_samples; ++s)
-            for (int j = 0; j < 4; ++j) put<T, kStream>(static_cast<T*>(a.out) + s * a.size + i + j * kWidth, f32(0.0f));
-        }
-      }
+void draw_block(const DrawArgs& a, const Counters& counters, const float* z, int64_t z_stride, float* tile, int64_t begin) {
+  const int64_t t = segment_at(a.layout, a.num_tensors, begin);
+  const int64_t end = t < 0 ? begin : a.layout[t].offset + a.layout[t].numel;
+  for (int64_t i = begin; i < begin + kBlock; i += kTile) {
+    if (i < end) {
+      const auto quad = static_cast<uint32_t>((a.layout[t].first + i - a.layout[t].offset) / 4);
+      draw_place<T, kStream>(a, counters, z, z_stride, tile, {i, end, u32(quad) + quad_index(), static_cast<uint32_t>(t)});
+    } else {
+      for (int64_t row = 0; row < a.num_samples; ++row)
+        for (int j = 0; j < 4; ++j) put<T, kStream>(static_cast<T*>(a.out) + row * a.size + i + j * kWidth, f32(0.0f));
     }
+  }
+}
+
+template <class T, bool kStream>
+void draw_blocks(const DrawArgs& a, const Counters& counters, const float* z, int64_t z_stride) {
+  const int64_t blocks = a.size / kBlock;
+  const Scratch<float> tiles(a.threads * a.rank * kTile);
+#pragma omp parallel for num_threads(a.threads) schedule(static)
+  for (int piece = 0; piece < a.threads; ++piece) {
+    float* const tile = tiles.get() + piece * a.rank * kTile;
+    for (int64_t block = blocks * piece / a.threads; block < blocks * (piece + 1) / a.threads; ++block)
+      draw_block<T, kStream>(a, counters, z, z_stride, tile, block * kBlock);
     if constexpr (kStream) fence();
   }
 }
@@ -188,7 +180,7 @@ template <class T>
 void draw_as(const DrawArgs& a) {
   const Counters counters(a);
   const int64_t z_stride = (a.rank + kTile - 1) / kTile * kTile;
-  const Scratch z(counters.number * z_stride);
+  const Scratch<float> z(counters.number * z_stride);
   low_rank_normals(a, counters, z_stride, z.get());
   const int64_t bytes = a.num_samples * a.size * static_cast<int64_t>(sizeof(T));
   if (bytes >= kLargeOutput && reinterpret_cast<uintptr_t>(a.out) % 64 == 0) {
@@ -202,11 +194,7 @@ void draw_as(const DrawArgs& a) {
 }  // namespace
 
 void draw(const DrawArgs& a) {
-  switch (a.dtype) {
-    case Dtype::float32: return draw_as<float>(a);
-    case Dtype::bfloat16: return draw_as<bfloat16>(a);
-    case Dtype::float16: return draw_as<float16>(a);
-  }
+  with_type(a.dtype, [&](auto zero) { draw_as<decltype(zero)>(a); });
 }
 
 void philox(const uint32_t* counters, uint64_t key, uint32_t* words, int64_t n) {

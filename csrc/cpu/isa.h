@@ -4,7 +4,7 @@
 // the namespace swag::SWAG_ISA, so that the linker can never give an older processor another set's inline function.
 
 #ifndef SWAG_ISA
-#error "SWAG_ISA names the instruction set: portable, avx2 or avx512"
+#error "SWAG_ISA names the instruction set: portable, avx2, avx512 or avx512_bf16"
 #endif
 
 #define SWAG_INLINE inline __attribute__((always_inline))

@@ -2,13 +2,16 @@
 
 // rank_update: products of a [rows, depth] coefficient matrix with a [depth, columns] panel, lanes along the columns.
 //
-// Every output is summed over the depth in ascending order, whatever the number of rows, columns or threads.
+// Every output is summed over the depth in one order, whatever the number of rows, columns or threads.
 
 #include <algorithm>
 
 #include "simd.h"
 
 namespace swag::SWAG_ISA {
+
+// The loops over a tile have to disappear, or its accumulators live in memory.
+#define SWAG_UNROLL _Pragma("GCC unroll 16")
 
 #ifdef SWAG_ISA_avx512
 constexpr int update_vectors = 4;
@@ -24,34 +27,58 @@ struct Coefficients {
   int64_t step;
 };
 
-template <int MR, int NV, class Epilogue>
-SWAG_INLINE void update_tile(Coefficients c, int64_t m, const float* panel, int64_t ld, int64_t n, int64_t columns,
-                             int64_t depth, const Epilogue& epilogue) {
-  constexpr int W = f32::width;
-  f32 acc[MR][NV];
-  for (int i = 0; i < MR; ++i)
-    for (int v = 0; v < NV; ++v) acc[i][v] = f32(0.0f);
-  const float* data = c.data + m * c.row;
+// Longest chain of additions: longer sums are cut, as their rounding errors would grow; sooner where products round too.
+constexpr int64_t update_depth = f32::width > 4 ? 64 : 16;
+
+template <int MR, int NV>
+SWAG_INLINE void multiply_tile(const float* data, Coefficients c, const float* panel, int64_t ld, int64_t depth,
+                               f32 (&acc)[MR][NV]) {
+  SWAG_UNROLL for (int i = 0; i < MR; ++i)
+    SWAG_UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = f32(0.0f);
   for (int64_t k = 0; k < depth; ++k) {
     f32 p[NV];
-    for (int v = 0; v < NV; ++v) p[v] = load(panel + k * ld + n + v * W);
-    for (int i = 0; i < MR; ++i) {
+    SWAG_UNROLL for (int v = 0; v < NV; ++v) p[v] = load(panel + k * ld + v * f32::width);
+    SWAG_UNROLL for (int i = 0; i < MR; ++i) {
       const f32 h(data[i * c.row + k * c.step]);
-      for (int v = 0; v < NV; ++v) acc[i][v] = muladd(h, p[v], acc[i][v]);
+      SWAG_UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = muladd(h, p[v], acc[i][v]);
     }
   }
-  for (int i = 0; i < MR; ++i)
-    for (int v = 0; v < NV; ++v) epilogue(m + i, n + v * W, acc[i][v], std::min<int64_t>(W, columns - n - v * W));
+}
+
+template <int MR, int NV, bool Long, class Epilogue>
+SWAG_INLINE void update_tile(Coefficients c, int64_t m, const float* panel, int64_t ld, int64_t n, int64_t columns,
+                             int64_t depth, const Epilogue& epilogue) {
+  const float* data = c.data + m * c.row;
+  f32 sums[MR][NV];
+  multiply_tile(data, c, panel + n, ld, Long ? update_depth : depth, sums);
+  for (int64_t k = update_depth; Long && k < depth; k += update_depth) {
+    f32 acc[MR][NV];
+    multiply_tile(data + k * c.step, c, panel + k * ld + n, ld, std::min(depth - k, update_depth), acc);
+    SWAG_UNROLL for (int i = 0; i < MR; ++i)
+      SWAG_UNROLL for (int v = 0; v < NV; ++v) sums[i][v] = sums[i][v] + acc[i][v];
+  }
+  SWAG_UNROLL for (int i = 0; i < MR; ++i)
+    SWAG_UNROLL for (int v = 0; v < NV; ++v)
+      epilogue(m + i, n + v * f32::width, sums[i][v], std::min<int64_t>(f32::width, columns - n - v * f32::width));
+}
+
+template <int MR, bool Long, class Epilogue>
+void update_columns(Coefficients c, int64_t m, const float* panel, int64_t ld, int64_t columns, int64_t depth,
+                    const Epilogue& epilogue) {
+  constexpr int W = f32::width;
+  int64_t n = 0;
+  for (; n + update_vectors * W <= columns; n += update_vectors * W)
+    update_tile<MR, update_vectors, Long>(c, m, panel, ld, n, columns, depth, epilogue);
+  for (; n < columns; n += W) update_tile<MR, 1, Long>(c, m, panel, ld, n, columns, depth, epilogue);
 }
 
 template <int MR, class Epilogue>
 void update_rows_of(Coefficients c, int64_t m, const float* panel, int64_t ld, int64_t columns, int64_t depth,
                     const Epilogue& epilogue) {
-  constexpr int W = f32::width;
-  int64_t n = 0;
-  for (; n + update_vectors * W <= columns; n += update_vectors * W)
-    update_tile<MR, update_vectors>(c, m, panel, ld, n, columns, depth, epilogue);
-  for (; n < columns; n += W) update_tile<MR, 1>(c, m, panel, ld, n, columns, depth, epilogue);
+  if (depth > update_depth)
+    update_columns<MR, true>(c, m, panel, ld, columns, depth, epilogue);
+  else
+    update_columns<MR, false>(c, m, panel, ld, columns, depth, epilogue);
 }
 
 // Calls epilogue(m, n, sums, count) with Σ_k c(m, k) panel[k, n + lane] for every row m and every vector of columns, of

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from swag_lora import demo, tables
+    from . import demo, tables
 
     _check_json(arguments.json)
     result = demo.run(
@@ -44,7 +44,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _fit(arguments: argparse.Namespace) -> None:
-    from swag_lora import data, fit, tables
+    from . import data, fit, tables
 
     _check_json(arguments.json)
     dataset = data.load(arguments.data, ("train", "val"))
@@ -75,28 +75,27 @@ def _fit(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from swag_lora import data, evaluate, tables
+    from . import data, evaluate, tables
 
     _check_json(arguments.json)
     task = evaluate.Task.load(arguments.folder)
     dataset = data.load(arguments.data, ("test", "oos_test"), task.labels)
     task.check(dataset)
-    evaluator, posterior = evaluate.load_folder(
-        arguments.folder, arguments.model, arguments.batch_size, show=True
-    )
+    evaluator, posterior = evaluate.load_folder(arguments.folder, arguments.model, arguments.batch_size, show=True)
     scale = task.scale if arguments.scale is None else arguments.scale
     sampling = evaluate.Sampling(arguments.samples, arguments.seed, scale, arguments.method)
     rows = evaluate.rows(arguments.folder, evaluator, posterior, dataset, sampling)
+    counts = {name: len(examples) for name, examples in dataset.splits.items()}
     result = {
         "data": dataset.name,
-        "examples": {name: len(examples) for name, examples in dataset.splits.items()},
+        "examples": counts,
         "samples": sampling.samples,
         "scale": scale,
         "seed": sampling.seed,
         "method": "antithetic" if sampling.antithetic else "iid",
         "rows": rows,
     }
-    caption = f"{result['examples']['test']} test examples, {result['method']} samples at scale {scale:g}"
+    caption = f"{counts['test']} test examples, {result['method']} samples at scale {scale:g}"
     tables.show(result, f"{arguments.folder} on {dataset.name}", caption, arguments.json)
 
 
@@ -108,7 +107,7 @@ def _info(arguments: argparse.Namespace) -> None:
             print(f"{package:14}{_version(package)}")
         info()
         return
-    from swag_lora.describe import describe
+    from .describe import describe
 
     for key, value in describe(arguments.folder).items():
         print(f"{key:16}{value}")

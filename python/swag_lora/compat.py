@@ -185,11 +185,10 @@ class SWAG(Densities, nn.Module):
         first: float32 copies, the variance not clamped."""
         moments = self._moments
         variance = moments.m2 / self.n_models.clamp(min=1)
-        columns = moments.columns(int(self.n_models))
         return (
             [mean.clone() for mean in moments.layout.views(moments.mean).values()],
             list(moments.layout.views(variance).values()),
-            [columns[:, segment] for segment in moments.layout.segments],
+            moments.columns(int(self.n_models)),
         )
 
     def _is_chosen(self, name: str, module: nn.Module) -> bool:

@@ -66,11 +66,11 @@ class Moments:
             values.append(own.views(buffer)[""])
         return values
 
-    def columns(self, n: int) -> Tensor:
-        """The deviations held after ``n`` collections, oldest first, ``[min(n, R), N]``."""
-        if self.deviations is None:
-            return self.mean.new_zeros(0, self.layout.size)
-        return self.deviations[self._slots(n)]
+    def columns(self, n: int) -> list[Tensor]:
+        """For each tensor a copy of its deviations after ``n`` collections, ``[min(n, R), numel]``, oldest first."""
+        ring = self.mean.new_zeros(0, self.layout.size) if self.deviations is None else self.deviations
+        slots = self._slots(n)
+        return [ring[:, segment][slots] for segment in self.layout.segments]
 
     def published(self, n: int, dtypes: Sequence[torch.dtype]) -> dict[str, Tensor]:
         """Copies in the published form after ``n`` collections."""
@@ -78,11 +78,11 @@ class Moments:
         squares = self.layout.views(self.m2.div(max(n, 1)).addcmul_(self.mean, self.mean))
         columns = self.columns(n)
         state = {}
-        for name, segment, dtype in zip(self.layout.names, self.layout.segments, dtypes, strict=True):
+        for name, held, dtype in zip(self.layout.names, columns, dtypes, strict=True):
             state[f"{name}_mean"] = means[name].to(dtype, copy=True)
             state[f"{name}_sq_mean"] = squares[name].to(dtype, copy=True)
             if self.deviations is not None:
-                state[f"{name}_cov_mat_sqrt"] = columns[:, segment].to(dtype, copy=True)
+                state[f"{name}_cov_mat_sqrt"] = held.to(dtype)
         return state
 
     def shapes(self, n: int) -> dict[str, list[int]]:

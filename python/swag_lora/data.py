@@ -177,8 +177,9 @@ def _labels_found(name: str, rows: dict[str, list[tuple[str, Any]]]) -> tuple[st
     if lines is None:
         raise ValueError(f"{name}: the class names are unknown without labels.json or a train split")
     found = [row.get("label") for _, row in lines if isinstance(row, dict)]
-    if all(isinstance(label, str) for label in found):
-        return tuple(sorted(set(found)))
+    names = [label for label in found if isinstance(label, str)]
+    if len(names) == len(found):
+        return tuple(sorted(set(names)))
     return tuple(str(i) for i in range(1 + max((x for x in found if type(x) is int), default=0)))
 
 

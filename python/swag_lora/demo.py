@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swag_lora import data as reading
-from swag_lora import synthetic
-from swag_lora.data import Dataset
-from swag_lora.evaluate import Encoded, Evaluator, Sampling, load_folder, rows
-from swag_lora.fit import HISTORY_FILE, Recipe, fit
-from swag_lora.loop import Loop
-from swag_lora.patch import SampledModel
-from swag_lora.posterior import SwagPosterior
-from swag_lora.predict import Prediction
+from . import data as reading
+from . import synthetic
+from .data import Dataset
+from .evaluate import Encoded, Evaluator, Sampling, load_folder, rows
+from .fit import HISTORY_FILE, Recipe, fit
+from .loop import Loop
+from .patch import SampledModel
+from .posterior import SwagPosterior
+from .predict import Prediction
 
 MAX_LENGTH = 64
 SUBSET = {"train": 2000, "val": 500, "test": 1500, "oos_test": 1000}

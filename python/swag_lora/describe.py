@@ -7,8 +7,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from swag_lora.checkpoint import KIND, POSTERIOR_NAME
-from swag_lora.layout import Layout
+from .checkpoint import KIND, POSTERIOR_NAME
+from .layout import Layout
 
 
 def describe(folder: str | Path) -> dict[str, str]:
@@ -51,7 +51,7 @@ def _adapter(folder: Path) -> dict[str, str]:
 
 
 def _task(folder: Path) -> dict[str, str]:
-    from swag_lora.tasks import TASK_FILE, Task
+    from .tasks import TASK_FILE, Task
 
     if not (folder / TASK_FILE).is_file():
         return {}

@@ -14,14 +14,14 @@ from rich.progress import track
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from swag_lora import memory
-from swag_lora.data import Dataset, Example
-from swag_lora.metrics import nll, report
-from swag_lora.patch import SampledModel
-from swag_lora.posterior import SwagPosterior
-from swag_lora.predict import Prediction
-from swag_lora.tasks import Task
-from swag_lora.weights import SampledWeights
+from . import memory
+from .data import Dataset, Example
+from .metrics import nll, report
+from .patch import SampledModel
+from .posterior import SwagPosterior
+from .predict import Prediction
+from .tasks import Task
+from .weights import SampledWeights
 
 POINT_ESTIMATES = {"map": "MAP, last epoch", "map-best": "MAP, best validation epoch"}
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -86,18 +86,15 @@ class Evaluator:
         self.model.train(training)
         return prediction
 
-    def sampled(
-        self, posterior: SwagPosterior, encoded: Encoded, sampling: Sampling, title: str = ""
-    ) -> Prediction:
+    def sampled(self, posterior: SwagPosterior, encoded: Encoded, sampling: Sampling, title: str = "") -> Prediction:
         """Predictions averaged over samples, in as few passes as `_TOKENS_PER_PASS` allows."""
         width, antithetic = _width(encoded), sampling.antithetic
+        self.check_memory(posterior, encoded, sampling)
         step = self._samples_per_pass(encoded, sampling)
-        self._check_memory(posterior, encoded, sampling, step)
         method = "antithetic" if antithetic else "iid"
         weights = posterior.draw(sampling.samples, sampling.seed, scale=sampling.scale, method=method)
         passes = [
-            SampledModel(self.model, SampledWeights(weights.layout, rows)).eval()
-            for rows in weights.buffer.split(step)
+            SampledModel(self.model, SampledWeights(weights.layout, rows)).eval() for rows in weights.buffer.split(step)
         ]
 
         @torch.no_grad()
@@ -130,8 +127,11 @@ class Evaluator:
         step = max(1, _TOKENS_PER_PASS // self._tokens(encoded))
         return min(sampling.samples, max(2, step - step % 2) if sampling.antithetic else step)
 
-    def _check_memory(self, posterior: SwagPosterior, encoded: Encoded, sampling: Sampling, step: int) -> None:
-        config = self.model.config.get_text_config()
+    def check_memory(self, posterior: SwagPosterior, encoded: Encoded, sampling: Sampling) -> None:
+        """Raises a ValueError that says how many samples fit, if `sampling` asks for more."""
+        step = self._samples_per_pass(encoded, sampling)
+        config: Any = self.model.config
+        config = config.get_text_config()
         hidden = getattr(config, "hidden_size", 1024)
         # Query, key, value, attention, residual and the feed-forward's inside, before and after its activation.
         per_token = 8 * hidden + 2 * (getattr(config, "intermediate_size", None) or 4 * hidden)
@@ -165,6 +165,8 @@ def load_folder(
     task = Task.load(folder)
     task = task if model is None else task.with_model(model)
     tokenizer = task.tokenizer(folder)
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no adapter (adapter_config.json)")
     base, _ = task.base_model(tokenizer)
     try:
         peft_model = PeftModel.from_pretrained(base, str(folder))
@@ -181,6 +183,8 @@ def rows(
     """The metrics on the test split, and on `oos_test` if there is one, of each saved point estimate, SWA and SWAG."""
     test = evaluator.encode(dataset.split("test"))
     outside = evaluator.encode(dataset.splits["oos_test"]) if "oos_test" in dataset.splits else None
+    for encoded in filter(None, (test, outside)):
+        evaluator.check_memory(posterior, encoded, sampling)
     labels = _labels(test)
 
     def row(name: str, samples: int, predict: Callable[[Encoded, str], Prediction]) -> dict[str, Any]:

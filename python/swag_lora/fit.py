@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from swag_lora.data import Dataset
-from swag_lora.evaluate import Encoded, Evaluator, choose_scale
-from swag_lora.metrics import nll
-from swag_lora.posterior import SwagPosterior
-from swag_lora.tasks import Task
-from swag_lora.trainer import SwagCallback
+from .data import Dataset
+from .evaluate import Encoded, Evaluator, choose_scale
+from .metrics import nll
+from .posterior import SwagPosterior
+from .tasks import Task
+from .trainer import SwagCallback
 
 HISTORY_FILE = "fit.json"
 State = dict[str, Tensor]
@@ -84,12 +85,14 @@ def fit(
         raise ValueError(
             f"a covariance needs at least two collections and rank 2, got {recipe.collections} and {recipe.rank}"
         )
+    train_examples = dataset.split("train")
     task = Task.of(model, dataset, max_length, recipe.seed)
     tokenizer = task.tokenizer()
     set_seed(recipe.seed)
     peft_model = task.peft_model(tokenizer, recipe.lora())
+    folder.mkdir(parents=True, exist_ok=True)
     evaluator = Evaluator(task, peft_model, tokenizer, recipe.batch_size, show)
-    train = evaluator.encode(dataset.split("train"))
+    train = evaluator.encode(train_examples)
     val = evaluator.encode(dataset.splits["val"]) if "val" in dataset.splits else None
 
     with _threads(recipe.threads):
@@ -174,9 +177,10 @@ def _train(
 ) -> None:
     steps = epochs * math.ceil(len(train) / recipe.batch_size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with tempfile.TemporaryDirectory() as scratch, Progress(
-        console=Console(stderr=True), disable=not evaluator.show
-    ) as progress:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        Progress(console=Console(stderr=True), disable=not evaluator.show) as progress,
+    ):
         arguments = TrainingArguments(
             output_dir=scratch,
             num_train_epochs=epochs,
@@ -201,15 +205,16 @@ def _train(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+        trainer.accelerator.unwrap_model(evaluator.model, keep_fp32_wrapper=False)
 
 
 def _save(
     folder: Path, task: Task, posterior: SwagPosterior, points: Mapping[str, State], history: Mapping[str, Any]
 ) -> None:
     """Everything beside the posterior first, so that a folder with a posterior in it is complete."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model: PeftModel = posterior.model
+    model: Any = posterior.model
     for name, state in points.items():
+        shutil.rmtree(folder / name, ignore_errors=True)
         if state:
             _load(model, state)
             model.save_pretrained(str(folder / name))

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from swag_lora.posterior import SwagPosterior
-from swag_lora.predict import Prediction
-from swag_lora.tasks import Task
+from .posterior import SwagPosterior
+from .predict import Prediction
+from .tasks import Task
 
 
 class Loop:

@@ -1,24 +1,20 @@
 """Accuracy, calibration and out-of-distribution detection of averaged predictions.
 
-Every function takes `log_probs [n, C]` (natural logarithm, each row normalised; -inf is a probability of zero) and
+Every function takes `log_probs [n, C]` (natural logarithm, each row normalized; -inf is a probability of zero) and
 `labels [n]` (integers in [0, C)), computes in float64, and returns a Python float. The predicted class is the argmax
 of the same averaged probabilities that the likelihood is taken from.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
-
-class _Prediction(Protocol):
-    log_probs: Tensor
-    entropy: Tensor
-    mutual_information: Tensor
-    num_samples: int
+if TYPE_CHECKING:
+    from .predict import Prediction
 
 
 def nll(log_probs: Tensor, labels: Tensor) -> float:
@@ -98,7 +94,7 @@ def ood_aupr(scores_in: Tensor, scores_out: Tensor) -> float:
 
 
 def report(
-    prediction: _Prediction, labels: Tensor, ood: _Prediction | None = None, num_bins: int = 15
+    prediction: Prediction, labels: Tensor, ood: Prediction | None = None, num_bins: int = 15
 ) -> dict[str, float]:
     """All metrics of one test set, by name.
 
@@ -142,9 +138,9 @@ def _checked(log_probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         row = int(outside.nonzero()[0])
         raise ValueError(f"label {int(labels[row])} of example {row} is outside [0, {log_probs.shape[1]})")
     total = log_probs.logsumexp(1)
-    unnormalised = ~(total.abs() <= 1e-2)
-    if unnormalised.any():
-        row = int(unnormalised.nonzero()[0])
+    unnormalized = ~(total.abs() <= 1e-2)
+    if unnormalized.any():
+        row = int(unnormalized.nonzero()[0])
         if log_probs[row].isnan().any():
             raise ValueError(f"log_probs of example {row} contain NaN")
         raise ValueError(

@@ -99,7 +99,9 @@ class SampledModel(nn.Module):
         return self._axis.leave(self.model(*args, **kwargs))
 
     def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError("SampledModel does not generate, with beams or without: call it for logits [S, B, ...]")
+        raise NotImplementedError(
+            "SampledModel does not generate, with or without beams: call it for logits [S, B, ...]"
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> NoReturn:
         raise RuntimeError(
@@ -139,8 +141,8 @@ def _num_samples(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, T
         tensor = weights[name]
         if tensor.dim() == 0 or tensor.shape[1:] != parameter.shape:
             raise ValueError(
-                f"weights of {name} have shape {list(tensor.shape)}, its parameter has {list(parameter.shape)}: expected "
-                f"[S, {', '.join(map(str, parameter.shape))}] (weights of another model, or another LoRA rank?)"
+                f"weights of {name} have shape {list(tensor.shape)}, its parameter has {list(parameter.shape)}: "
+                f"expected [S, {', '.join(map(str, parameter.shape))}] (another model, or another LoRA rank?)"
             )
         if not reference:
             reference, samples = name, len(tensor)
@@ -166,7 +168,7 @@ def _check_adapters(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             continue
         if module.merged_adapters:
-            raise ValueError(f"{name} has merged adapters, so its weights cannot be sampled: call unmerge_adapter() first")
+            raise ValueError(f"{name} has merged adapters, which cannot be sampled: call unmerge_adapter() first")
         if module.disable_adapters:
             raise ValueError(f"{name} has its adapters disabled: call enable_adapter_layers() first")
         if len(module.active_adapters) != 1:
@@ -221,8 +223,8 @@ def _install(
     containers = {id(m) for m in twin.modules() if any(id(d) in random_modules for d in m.modules())}
     prefixes = list(_prefixes(twin, containers, {id(m) for _, m, _ in holders if isinstance(m, BaseTunerLayer)}, set()))
     loose = [m for m in twin.modules() if id(m) in containers - random_modules]
-    embeddings = [m for m in [*prefixes, *(m for _, m, _ in holders)] if isinstance(m, nn.Embedding)]
-    axis = SampleAxis(num_samples, _sizes(loose + embeddings))
+    loose += [m for m in (*prefixes, *(m for _, m, _ in holders)) if isinstance(m, nn.Embedding)]
+    axis = SampleAxis(num_samples, _sizes(loose))
 
     sampled: list[tuple[SampledModule, dict[str, str]]] = []
     for name, module, own in holders:
@@ -233,7 +235,7 @@ def _install(
             )
         names = frozenset(own)
         if isinstance(module, BaseTunerLayer):
-            base_is_random = any(id(m) in random_modules for m in module.base_layer.modules())
+            base_is_random = any(id(m) in random_modules for m in module.get_submodule("base_layer").modules())
             form: SampledModule = sampled_lora_module(axis, name, module, names, base_is_random)
         else:
             form = sampled_leaf(axis, name, module, names)
@@ -266,7 +268,7 @@ def _holders(twin: nn.Module, random: Mapping[int, str]) -> list[tuple[str, nn.M
         if own and id(module) not in claimed:
             holders.append((name, module, own))
         if adapter_layer:
-            base = {id(m) for m in module.base_layer.modules()}
+            base = {id(m) for m in module.get_submodule("base_layer").modules()}
             claimed |= {id(m) for m in module.modules()} - base
     return holders
 

@@ -137,7 +137,8 @@ class Predictor:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         average = _Average(self.antithetic)
         for weights in self._passes:
-            self._sampled.set_weights(weights)
+            if self._sampled.weights is not weights:
+                self._sampled.set_weights(weights)
             logits = getattr(self._sampled(**inputs), "logits", None)
             if logits is None:
                 raise TypeError("the model returned no logits: predictions need one with a prediction head")

@@ -78,7 +78,7 @@ class SampleAxis:
         batch = len(first)
         packed = _PACKED & kwargs.keys()
         if packed:
-            raise ValueError(f"packed sequences ({min(packed)}) have no batch axis to sample over: pad the batch instead")
+            raise ValueError(f"packed sequences ({min(packed)}) have no batch axis: pad the batch instead")
         self._reset(batch, batch * _choices(kwargs), frozenset())
         args = tuple(self._enter_value(value, f"positional argument {i}") for i, value in enumerate(args))
         kwargs = {name: self._enter_value(value, name) for name, value in kwargs.items()}
@@ -103,12 +103,12 @@ class SampleAxis:
                     "every tensor must lead with the batch axis or with 1"
                 )
             return _repeat(value, self.num_samples)
-        return tree_map(
-            lambda v: _repeat(v, self.num_samples)
-            if isinstance(v, Tensor) and v.dim() > 0 and len(v) == self._batch
-            else v,
-            value,
-        )
+
+        def repeat(v: Any) -> Any:
+            batched = isinstance(v, Tensor) and v.dim() > 0 and len(v) == self._batch
+            return _repeat(v, self.num_samples) if batched else v
+
+        return tree_map(repeat, value)
 
     def leave(self, output: Any) -> Any:
         """Give every batch-leading tensor of the output its sample axis: ``[S * n, ...]`` becomes ``[S, n, ...]``.

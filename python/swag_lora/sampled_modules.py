@@ -181,7 +181,7 @@ class SampledEmbedding(_Sampled):
     def forward(self, ids: Tensor) -> Tensor:
         if ids.dim() < 2:
             raise ValueError(
-                f"{self.name} was called on a tensor {list(ids.shape)} without a batch axis: leave it out of the weights"
+                f"{self.name} was called on a tensor {list(ids.shape)} without a batch: leave it out of the weights"
             )
         rows = self.axis.split(ids, self.name)
         table = self.samples("weight")
@@ -205,8 +205,8 @@ def sampled_lora_module(
     quantised = kind.__module__.removeprefix("peft.tuners.lora.") in _QUANTISED_LORA
     if not (isinstance(module, LoraLinear) or (isinstance(module, LoraLayer) and quantised)):
         raise TypeError(
-            f"{name} is a {kind.__module__}.{kind.__name__}, which has no sampled form (LoRA on Linear and Conv1D has): "
-            "leave it out of the weights, or of target_modules"
+            f"{name} is a {kind.__module__}.{kind.__name__}, which has no sampled form (LoRA on Linear and Conv1D "
+            "has): leave it out of the weights, or of target_modules"
         )
     adapter = module.active_adapters[0]
     if adapter in module.lora_variant or module.use_dora.get(adapter, False):
@@ -229,7 +229,8 @@ def sampled_leaf(axis: SampleAxis, name: str, module: nn.Module, parameters: fro
         return SampledLinear(axis, name, module, parameters)
     if _own_forward(module, nn.LayerNorm) or _own_forward(module, nn.RMSNorm):
         return SampledNorm(axis, name, module, parameters)
-    if _own_forward(module, nn.Embedding) and module.max_norm is None and not name.rpartition(".")[2].startswith("rel"):
+    of_positions = any(part.startswith("rel") for part in name.split("."))
+    if _own_forward(module, nn.Embedding) and module.max_norm is None and not of_positions:
         return SampledEmbedding(axis, name, module, parameters)
     if type(module).__name__.endswith(_BROADCAST_NORMS) and {p.dim() for p in module.parameters()} == {1}:
         return SampledBroadcast(axis, name, module, parameters)

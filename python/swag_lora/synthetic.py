@@ -13,7 +13,7 @@ import math
 import random
 from collections.abc import Mapping
 
-from swag_lora.data import Dataset, Example
+from .data import Dataset, Example
 
 _OPENINGS = (
     "", "", "", "", "Hello,", "Good morning,", "Again,", "Sorry, but", "I noticed that", "It seems that", "Once more,",

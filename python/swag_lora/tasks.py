@@ -16,11 +16,12 @@ from transformers import (
     AutoModelForMultipleChoice,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING
 
-from swag_lora.data import Dataset, Example
+from .data import Dataset, Example
 
 TASK_FILE = "task.json"
 
@@ -45,7 +46,9 @@ class Task:
 
     @classmethod
     def of(cls, model: str | Path, dataset: Dataset, max_length: int, seed: int) -> Task:
-        return cls(_absolute(model), dataset.labels, max_length, seed)
+        task = cls(_absolute(model), dataset.labels, max_length, seed)
+        task.config()
+        return task
 
     def with_model(self, model: str | Path) -> Task:
         """The same task on a base model that lies elsewhere."""
@@ -80,12 +83,18 @@ class Task:
             kinds = {True: "multiple choice", False: "text classification"}
             raise ValueError(f"{dataset.name} is {kinds[dataset.is_choice]}, the model is for {kinds[self.is_choice]}")
 
+    def config(self) -> PretrainedConfig:
+        try:
+            return AutoConfig.from_pretrained(self.model)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot load the model {self.model}: {_brief(error)}") from None
+
     def tokenizer(self, folder: str | Path | None = None) -> PreTrainedTokenizerBase:
         """The model's tokenizer, or the one saved in `folder`, with a padding token in any case."""
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder or self.model)
         except (OSError, ValueError) as error:
-            raise ValueError(f"no tokenizer in {folder or self.model}: {_first_line(error)}") from None
+            raise ValueError(f"no tokenizer in {folder or self.model}: {_brief(error)}") from None
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -97,8 +106,7 @@ class Task:
         for multiple choice with one label.
         """
         try:
-            config = AutoConfig.from_pretrained(self.model)
-            own_head = self.is_choice and type(config) in MODEL_FOR_MULTIPLE_CHOICE_MAPPING
+            own_head = self.is_choice and type(self.config()) in MODEL_FOR_MULTIPLE_CHOICE_MAPPING
             auto = AutoModelForMultipleChoice if own_head else AutoModelForSequenceClassification
             names = {i: name for i, name in enumerate(self.labels or ("score",))}
             heads = {} if own_head else {"id2label": names, "label2id": {name: i for i, name in names.items()}}
@@ -106,9 +114,9 @@ class Task:
             model, report = auto.from_pretrained(self.model, output_loading_info=True, **heads)
         except RuntimeError as error:
             wanted = "one score per choice" if self.is_choice else f"{len(self.labels or ())} classes"
-            raise ValueError(f"{self.model} does not fit a task of {wanted}: {_first_line(error)}") from None
+            raise ValueError(f"{self.model} does not fit a task of {wanted}: {_brief(error)}") from None
         except (OSError, ValueError) as error:
-            raise ValueError(f"cannot load the model {self.model}: {_first_line(error)}") from None
+            raise ValueError(f"cannot load the model {self.model}: {_brief(error)}") from None
         model.config.pad_token_id = tokenizer.pad_token_id
         fresh = {key.rpartition(".")[0] for key in report["missing_keys"]}
         if not fresh:
@@ -127,7 +135,7 @@ class Task:
             return get_peft_model(model, lora)
         except ValueError as error:
             raise ValueError(
-                f"no LoRA on {self.model}: {_first_line(error)} (name the modules with --target-modules)"
+                f"no LoRA on {self.model}: {_brief(error)} (name the modules with --target-modules)"
             ) from None
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[dict[str, Any]]:
@@ -178,9 +186,12 @@ def _absolute(model: str | Path) -> str:
 
 
 def _config(model: nn.Module) -> Any:
-    return getattr(model, "config", None) or model.model.config
+    inner: Any = model
+    while not hasattr(inner, "config"):
+        inner = inner.model
+    return inner.config
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def _brief(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]} ..."

@@ -1,10 +1,8 @@
 import builtins
 import gzip
-import json
 
 import pytest
 from encoder_models import save_colors, save_questions, write_lines
-
 from swag_lora import data
 from swag_lora.data import Example
 
@@ -185,10 +183,3 @@ def test_hub_data_set(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "load_dataset", lambda name: 1 / 0)
     with pytest.raises(ValueError, match="no hub data set either: division by zero"):
         data.load("someone/something")
-
-
-def test_json_floats_do_not_become_labels(tmp_path):
-    write_lines(tmp_path / "train.jsonl", [{"text": "a", "label": 1.5}])
-    with pytest.raises(ValueError, match="unknown label 1.5"):
-        data.load(tmp_path)
-    assert json.loads((tmp_path / "train.jsonl").read_text())["label"] == 1.5

@@ -2,7 +2,6 @@ import math
 from collections import Counter
 
 import pytest
-
 from swag_lora import synthetic
 
 SIZES = {"train": 3000, "val": 50, "test": 50, "oos_test": 50}
@@ -55,5 +54,7 @@ def _department(text):
     return min(places, key=places.get) if places else None
 
 
-FIRST_TEXT = "It seems that a fire hydrant is blocked while the timetable along the river is dangerous after dark. Please act."
+FIRST_TEXT = (
+    "It seems that a fire hydrant is blocked while the timetable along the river is dangerous after dark. Please act."
+)
 FIRST_LABEL = 3

@@ -155,9 +155,7 @@ FAMILIES: dict[str, Family] = {
         text,
     ),
     "opt": Family(
-        lambda: hf.OPTForCausalLM(
-            hf.OPTConfig(**_BERT_LIKE, word_embed_proj_dim=HIDDEN, ffn_dim=40)
-        ),
+        lambda: hf.OPTForCausalLM(hf.OPTConfig(**_BERT_LIKE, word_embed_proj_dim=HIDDEN, ffn_dim=40)),
         ("q_proj", "v_proj", "fc1", "fc2"),
         _LM,
         "decoder.layers",

@@ -1,0 +1,84 @@
+"""collect_ over LoRA-sized posteriors with 20 deviations, against the published algorithm and ``torch._foreach_*``."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from harness import LORA_SIZES, alternate, compare, copy_bandwidth, limit
+from published import PublishedSwag
+from swag_kernels import arena_size, collect_, segment_table
+from torch import Tensor
+
+RANK = 20
+BYTES = 24  # a weight: parameter, mean and m2 read; mean, m2 and one deviation written
+TARGETS = {"Llama-2-7B r=8 q,v": ({"published algorithm": 30.0, "torch._foreach_*": 5.0}, 0.8)}
+
+
+class ForeachSwag:
+    """The same update on views of flat buffers, each step one fused call over all tensors."""
+
+    def __init__(self, layout: Tensor) -> None:
+        size = arena_size(layout)
+        segments = [slice(offset, offset + numel) for offset, numel, _ in layout.tolist()]
+        mean, m2, deviations = torch.zeros(size), torch.zeros(size), torch.zeros(RANK, size)
+        self.mean, self.m2 = [mean[s] for s in segments], [m2[s] for s in segments]
+        self.slots = [[row[s] for s in segments] for row in deviations]
+        self.count = 0
+
+    @torch.no_grad()
+    def collect(self, params: list[Tensor]) -> None:
+        flat = [p.view(-1) for p in params]
+        delta = torch._foreach_sub(flat, self.mean)
+        torch._foreach_lerp_(self.mean, flat, 1 / (self.count + 1))
+        deviation = torch._foreach_sub(flat, self.mean)
+        torch._foreach_addcmul_(self.m2, delta, deviation)
+        torch._foreach_copy_(self.slots[self.count % RANK], deviation)
+        self.count += 1
+
+
+@pytest.mark.parametrize("size", LORA_SIZES)
+def bench_collect(size, report, benchmark):
+    shapes = LORA_SIZES[size]
+    params = [torch.randn(shape) for shape in shapes]
+    layout = segment_table([p.numel() for p in params])
+    number = arena_size(layout)
+    mean, m2, deviations = torch.zeros(number), torch.zeros(number), torch.zeros(RANK, number)
+    count = torch.zeros((), dtype=torch.int64)
+    published, foreach = PublishedSwag(params, RANK), ForeachSwag(layout)
+
+    def ours():
+        collect_(params, mean, m2, deviations, count, layout)
+
+    for _ in range(RANK + 1):  # the ring wraps, so that the published form has a column to drop
+        for param in params:
+            param.add_(torch.randn(param.shape).mul_(0.1))
+        ours()
+        published.collect(params)
+        foreach.collect(params)
+    for index, (offset, numel, _) in enumerate(layout.tolist()):
+        segment = slice(offset, offset + numel)
+        torch.testing.assert_close(mean[segment], published.mean[index].flatten(), rtol=1e-5, atol=1e-5)
+        variance = published.sq_mean[index] - published.mean[index] ** 2
+        torch.testing.assert_close(m2[segment] / (RANK + 1), variance.flatten(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(deviations[0, segment], published.cov_mat_sqrt[index][-1], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(m2[segment], foreach.m2[index], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(deviations[0, segment], foreach.slots[0][index], rtol=1e-4, atol=1e-5)
+
+    seconds = alternate(
+        {
+            "collect_": ours,
+            "published algorithm": lambda: published.collect(params),
+            "torch._foreach_*": lambda: foreach.collect(params),
+        },
+        rounds=7 if number > 1e7 else 21,
+    )
+    weights = sum(math.prod(shape) for shape in shapes)
+    case = f"collect_, {size}: {weights / 1e6:.1f} M weights in {len(params)} tensors, R={RANK}"
+    ratios, fraction = TARGETS.get(size, ({}, None))
+    report(
+        compare(case, seconds, "collect_", ratios)
+        + [limit(case, f"{BYTES} B a weight at copy bandwidth", seconds["collect_"], BYTES * weights / copy_bandwidth(), fraction)]
+    )
+    benchmark.pedantic(ours, rounds=9, warmup_rounds=1)

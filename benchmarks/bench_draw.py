@@ -1,0 +1,75 @@
+"""draw over LoRA-sized posteriors with 20 deviations, per sample, against the published sampler and batched torch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from harness import LORA_SIZES, alternate, compare, copy_bandwidth, limit
+from published import PublishedSwag
+from swag_kernels import arena_size, draw, reference, segment_table
+
+RANK, SCALE = 20, 0.5
+DIAG, LOW_RANK = SCALE**0.5, (SCALE / (RANK - 1)) ** 0.5
+TARGETS = {"published sample_fullrank": 40.0, "batched torch (randn, addmm, addcmul)": 10.0}
+
+CASES = [
+    ("RoBERTa-base r=8 q,v", 32, "iid", torch.float32),
+    ("Llama-2-7B r=8 q,v", 32, "iid", torch.float32),
+    ("Llama-2-7B r=8 q,v", 32, "antithetic", torch.float32),
+    ("Llama-2-7B r=8 q,v", 32, "iid", torch.bfloat16),
+    ("Llama-2-7B r=8 q,v", 1, "iid", torch.float32),
+    ("Llama-3-8B r=16 all-linear", 8, "iid", torch.float32),  # 1.3 GB of samples; 32 of them would not fit everywhere
+]
+
+
+@pytest.mark.parametrize("size, samples, method, dtype", CASES, ids=lambda v: str(v).split(" ")[0])
+def bench_draw(size, samples, method, dtype, report, benchmark):
+    shapes = LORA_SIZES[size]
+    layout = segment_table([math.prod(shape) for shape in shapes])
+    number = arena_size(layout)
+    mean, std, deviations = torch.randn(number), torch.rand(number), torch.randn(RANK, number)
+    settings = {
+        "seed": 1, "diag_scale": DIAG, "low_rank_scale": LOW_RANK, "antithetic": method == "antithetic", "layout": layout,
+        "dtype": dtype,
+    }  # fmt: skip
+
+    def ours():
+        return draw(mean, std, deviations, samples, first_sample=0, **settings)
+
+    def batched():
+        z = torch.randn(samples, RANK) * LOW_RANK
+        out = torch.addmm(mean, z, deviations)
+        return out.addcmul_(torch.randn(samples, number), std, value=DIAG).to(dtype)
+
+    published = PublishedSwag([torch.empty(0)], RANK)
+    segments = [slice(offset, offset + numel) for offset, numel, _ in layout.tolist()]
+    published.mean = [mean[s].view(shape) for s, shape in zip(segments, shapes, strict=True)]
+    published.sq_mean = [(std[s] ** 2 + mean[s] ** 2).view(shape) for s, shape in zip(segments, shapes, strict=True)]
+    published.cov_mat_sqrt = [deviations[:, s].contiguous() for s in segments]
+
+    exact = reference.draw(mean, std, deviations, 1, first_sample=samples - 1, **settings | {"dtype": torch.float32})
+    torch.testing.assert_close(ours()[-1].float(), exact[0], rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+    for other in (published.sample_fullrank(SCALE), [batched()[0].float()[s] for s in segments]):
+        standard = (torch.cat([t.flatten() for t in other]) - torch.cat([mean[s] for s in segments])).square().mean().sqrt()
+        torch.testing.assert_close(standard, (exact[0] - mean).square().mean().sqrt(), rtol=0.5, atol=0)
+
+    seconds = alternate(
+        {
+            "draw": ours,
+            "published sample_fullrank": lambda: published.sample_fullrank(SCALE),
+            "batched torch (randn, addmm, addcmul)": batched,
+        },
+        rounds=5 if number * samples > 1e8 else 11,
+    )
+    for name in ("draw", "batched torch (randn, addmm, addcmul)"):
+        seconds[name] = [t / samples for t in seconds[name]]
+    case = f"draw a sample, {size}, R={RANK}, S={samples}, {method}, {str(dtype).removeprefix('torch.')}"
+    floor = ((2 + RANK) * 4 / samples + dtype.itemsize) * number / copy_bandwidth()
+    targeted = size.startswith("Llama-2") and samples == 32 and method == "iid" and dtype == torch.float32
+    report(
+        compare(case, seconds, "draw", TARGETS if targeted else {})
+        + [limit(case, "state and samples once at copy bandwidth", seconds["draw"], floor)]
+    )
+    benchmark.pedantic(ours, rounds=5, warmup_rounds=1)

@@ -1,0 +1,201 @@
+"""Each sampled module against its own forward, one sample after the other; and inputs that cannot be told apart."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from swag_lora.patch import SampledModel
+from torch import Tensor, nn
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.t5.modeling_t5 import T5LayerNorm
+from transformers.pytorch_utils import Conv1D
+
+S, B, T, H = 3, 2, 5, 8
+
+LEAVES = {
+    "linear": lambda: nn.Linear(H, 6),
+    "linear_unbiased": lambda: nn.Linear(H, 6, bias=False),
+    "conv1d": lambda: Conv1D(6, H),
+    "layer_norm": lambda: nn.LayerNorm(H),
+    "layer_norm_unbiased": lambda: nn.LayerNorm(H, bias=False),
+    "rms_norm": lambda: nn.RMSNorm(H),
+    "llama": lambda: LlamaRMSNorm(H),
+    "gemma": lambda: GemmaRMSNorm(H),
+    "t5": lambda: T5LayerNorm(H),
+}
+
+
+class Chain(nn.Module):
+    """Modules in a row, the first of them called on whatever `enter` makes of the input."""
+
+    def __init__(self, *modules: nn.Module, enter=lambda x: x) -> None:
+        super().__init__()
+        self.modules_in_a_row = nn.ModuleList(modules)
+        self.enter = enter
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        x = self.enter(x)
+        for module in self.modules_in_a_row:
+            x = module(x)
+        return x
+
+
+def sample(model: nn.Module, *endings: str) -> dict[str, Tensor]:
+    return {
+        name: parameter.detach() + torch.randn(S, *parameter.shape).to(parameter.dtype)
+        for name, parameter in model.named_parameters()
+        if name.endswith(endings or ("",))
+    }
+
+
+def check(model: nn.Module, weights: dict[str, Tensor], *inputs: Tensor) -> None:
+    one = SampledModel(model, weights)(*inputs)
+    model = copy.deepcopy(model)
+    rows = []
+    for s in range(S):
+        for name, parameter in model.named_parameters():
+            if name in weights:
+                parameter.data.copy_(weights[name][s])
+        rows.append(model(*inputs))
+    expected = torch.stack(rows)
+    assert one.shape == expected.shape and one.dtype == expected.dtype
+    tolerance = {torch.bfloat16: {"rtol": 0.02, "atol": 0.05}}.get(one.dtype, {})
+    torch.testing.assert_close(one, expected, **tolerance)
+    assert (expected[0] - expected[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("shape", [(B, H), (B, T, H), (B, 4, T, H), (1, T, H)])
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_leaf(leaf, shape):
+    model = LEAVES[leaf]()
+    names = [name for name, _ in model.named_parameters()]
+    for chosen in [names, *([n] for n in names)]:
+        check(model, sample(model, *chosen), torch.randn(*shape))
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_leaf_after_a_random_module(leaf):
+    """Rows already differ by sample, and come as a view that is not contiguous."""
+    model = Chain(nn.LayerNorm(H), LEAVES[leaf](), enter=lambda x: x.transpose(1, 2))
+    check(model, sample(model), torch.randn(B, H, T).transpose(1, 2).contiguous().transpose(1, 2))
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_leaf_on_an_input_without_a_batch(leaf):
+    """The same table for every example: its result broadcasts against batch-leading tensors."""
+    table = torch.randn(1, T, H)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.leaf = LEAVES[leaf]()
+
+        def forward(self, x):
+            return self.leaf(x) + self.leaf(table)
+
+    model = Model()
+    check(model, sample(model), torch.randn(B, T, H))
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_leaf_in_bfloat16(leaf):
+    model = LEAVES[leaf]().bfloat16()
+    check(model, sample(model), torch.randn(B, T, H).bfloat16())
+
+
+def test_embedding():
+    model = Chain(nn.Embedding(11, H, padding_idx=0), nn.LayerNorm(H))
+    check(model, sample(model), torch.randint(0, 11, (B, T)))
+
+
+def test_tied_embedding_and_head():
+    model = Chain(nn.Embedding(11, H), nn.LayerNorm(H), nn.Linear(H, 11))
+    model.modules_in_a_row[2].weight = model.modules_in_a_row[0].weight
+    weights = sample(model)
+    assert len([n for n in weights if "weight" in n]) == 2
+    check(model, weights, torch.randint(0, 11, (B, T)))
+
+
+def test_a_module_called_twice():
+    layer = nn.Linear(H, H)
+    model = Chain(layer, nn.GELU(), layer)
+    check(model, sample(model), torch.randn(B, T, H))
+
+
+@pytest.mark.parametrize(
+    ("name", "enter", "shape"),
+    [
+        ("time first", lambda x: x.transpose(0, 1), (B, S * B, H)),
+        ("time first, several steps a row", lambda x: x.transpose(0, 1), (B, 2 * S * B, H)),
+        ("a table as long as two batches", lambda x: x.new_ones(2 * S * B, H), (B, T, H)),
+        ("no multiple of the rows", lambda x: x.new_ones(7, H), (B, T, H)),
+        ("no rows", lambda x: x[0, 0], (B, T, H)),
+    ],
+)
+def test_rows_that_cannot_be_told_apart(name, enter, shape):
+    model = Chain(nn.Linear(H, H), enter=enter)
+    with pytest.raises(ValueError, match="modules_in_a_row.0 was called on .* told apart"):
+        SampledModel(model, sample(model))(torch.randn(*shape))
+
+
+def test_flattened_tokens_are_rows():
+    model = Chain(nn.Linear(H, H), nn.LayerNorm(H), enter=lambda x: x.flatten(0, 1))
+    weights = sample(model)
+    one = SampledModel(model, weights)(torch.ones(B, T, H))
+    assert one.shape == (S, B * T, H)
+
+
+class Prefixed(nn.Module):
+    """A module without random weights, called on something that may not be a batch, ahead of a random layer."""
+
+    def __init__(self, call) -> None:
+        super().__init__()
+        self.first = nn.Linear(H, H)
+        self.table = nn.Embedding(S * B, H)
+        self.last = nn.Linear(H, H)
+        self.call = call
+        self.first_rows: list[int] = []
+        self.first.register_forward_hook(lambda module, args, output: self.first_rows.append(len(args[0])))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.call(self, x))
+
+
+@pytest.mark.parametrize(
+    ("call", "shape"),
+    [
+        (lambda m, x: x + m.first(m.table.weight).sum(0), (B, T, H)),
+        (lambda m, x: x + m.first(torch.arange(S * B * H).view(-1, H) / 9.0)[:, None].sum(0), (B, S * B, H)),
+        (lambda m, x: m.first(x.transpose(0, 1)).transpose(0, 1).contiguous(), (B, S * B, H)),
+        (lambda m, x: m.first(x.flatten(0, 1)).view(x.shape), (B, S, H)),
+        (lambda m, x: m.first(x), (B, T, H)),
+    ],
+    ids=["table", "length", "time first", "flattened", "batch"],
+)
+def test_modules_ahead_of_randomness(call, shape):
+    """Whatever could be mistaken for a batch of S * B rows runs in full."""
+    model = Prefixed(call)
+    check(model, sample(model, "last.weight"), torch.randn(*shape))
+
+
+def test_a_prefix_with_ambiguous_outputs_runs_in_full():
+    """The module returns a table as long as the batch beside the batch itself."""
+
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), torch.ones(2 * B, 1).cumsum(0)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pair, self.last = Pair(H, H), nn.Linear(H, H)
+
+        def forward(self, x):
+            y, table = self.pair(x)
+            return self.last(y * table.sum())
+
+    model = Model()
+    check(model, sample(model, "last.bias", "last.weight"), torch.randn(B, T, H))
