@@ -90,6 +90,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("normal", [](std::uintptr_t words, std::uintptr_t normals, int64_t n) {
     swag::kernels().normal(at<uint32_t>(words), at<float>(normals), n);
   });
+  m.def("exp_log", [](std::uintptr_t x, std::uintptr_t exps, std::uintptr_t logs, int64_t n) {
+    swag::kernels().exp_log(at<float>(x), at<float>(exps), at<float>(logs), n);
+  });
   m.def("isa", [] { return std::string(swag::kernels().isa); });
   m.def("select_isa", &swag::select_isa);
   m.def("supported_isas", &swag::supported_isas);

@@ -15,6 +15,12 @@
 namespace swag::core {
 
 SWAG_HD float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+// For code that need not give the same bits everywhere.
+#if defined(__FP_FAST_FMAF) || defined(__CUDACC__)
+SWAG_HD float muladd(float a, float b, float c) { return fma(a, b, c); }
+#else
+SWAG_HD float muladd(float a, float b, float c) { return a * b + c; }
+#endif
 SWAG_HD float sqrt(float a) { return __builtin_sqrtf(a); }
 SWAG_HD float min(float a, float b) { return a < b ? a : b; }
 SWAG_HD float select(bool m, float a, float b) { return m ? a : b; }

@@ -89,41 +89,52 @@ struct Weights {
   }
 };
 
+// Sum over the samples of term(s), in runs that keep the chains of additions short.
+template <class Term>
+SWAG_INLINE f32 sum_samples(int64_t samples, int64_t step, const Term& term) {
+  constexpr int64_t run = 32;
+  f32 total(0.0f);
+  for (int64_t s = 0; s < samples;) {
+    f32 part(0.0f);
+    for (const int64_t end = std::min(samples, s + run); s < end; s += step) part = part + term(s);
+    total = total + part;
+  }
+  return total;
+}
+
 // Adds one vector of classes of all samples to the state; lp [samples] with stride ld holds their log-probabilities, and is
 // overwritten, and largest is their maximum.
 SWAG_INLINE void accumulate(const BayesAverageArgs& a, const Weights& w, float* lp, int64_t ld, f32 largest, float* log_sum,
                             float* m2, int64_t n) {
   const f32 before = load_logits(log_sum, n);
   largest = max(largest, before);
-  const f32 shift = select(largest == f32(core::minus_infinity), f32(0.0f), largest);
+  // Probabilities as they are, unless all are so small that only their logarithm can be kept.
+  const auto tiny = largest < f32(-60.0f), none = largest == f32(core::minus_infinity);
+  const f32 shift = select(none, f32(0.0f), select(tiny, largest, f32(0.0f)));
 
-  // Probabilities in units of e^shift, so that log-probabilities of any size add up.
   const f32 old = core::exp<u32>(before - shift);
-  f32 now(0.0f);
-  for (int64_t s = 0; s < a.samples; ++s) {
-    const f32 e = core::exp<u32>(load(lp + s * ld) - shift);
-    store(lp + s * ld, e);
-    now = now + e;
-  }
+  const f32 now = sum_samples(a.samples, 1, [&](int64_t s) {
+    const f32 p = core::exp<u32>(load(lp + s * ld) - shift);
+    store(lp + s * ld, p);
+    return p;
+  });
   const f32 mean = now / w.samples;
-  f32 squares(0.0f);
+  f32 squares;
   if (a.group == 1) {
-    for (int64_t s = 0; s < a.samples; ++s) {
+    squares = sum_samples(a.samples, 1, [&](int64_t s) {
       const f32 d = load(lp + s * ld) - mean;
-      squares = muladd(d, d, squares);
-    }
+      return d * d;
+    });
   } else {
-    for (int64_t s = 0; s < a.samples; s += 2) {
+    squares = sum_samples(a.samples, 2, [&](int64_t s) {
       const f32 d = (load(lp + s * ld) + load(lp + (s + 1) * ld)) * f32(0.5f) - mean;
-      squares = muladd(d, d, squares);
-    }
+      return d * d;
+    });
   }
-  squares = core::combine_m2(squares, mean - old / w.before, w.combine);
-  const f32 unit = core::exp<u32>(shift);
-  const f32 new_m2 = muladd(squares * unit, unit, load(m2, std::min(n, kWidth)));
-  const f32 new_log_sum = largest + core::log<u32>(old + now);
-  store(log_sum, new_log_sum, std::min(n, kWidth));
-  store(m2, new_m2, std::min(n, kWidth));
+  squares = core::combine_m2(squares, mean - old / w.before, w.combine) * select(tiny, f32(0.0f), f32(1.0f));
+  n = std::min(n, kWidth);
+  store(log_sum, select(none, largest, shift + core::log<u32>(old + now)), n);
+  store(m2, load(m2, n) + squares, n);
 }
 
 int64_t tile_classes(int64_t samples) {
@@ -155,10 +166,10 @@ void add_classes(const BayesAverageArgs& a, const Weights& w, const Row* rows, i
 }
 
 void add_entropy(const BayesAverageArgs& a, const Row* rows, int64_t b) {
-  const float before = a.entropy[b];
-  float change = 0;
+  const double before = a.entropy[b];
+  double change = 0;
   for (int64_t s = 0; s < a.samples; ++s) change += rows[s].entropy - before;
-  a.entropy[b] = before + change / static_cast<float>(a.count + a.samples);
+  a.entropy[b] = static_cast<float>(before + change / static_cast<double>(a.count + a.samples));
 }
 
 template <class T>
@@ -206,6 +217,14 @@ void run(const BayesAverageArgs& a) {
 void bayes_average(const BayesAverageArgs& a) {
   if (a.samples == 0 || a.batch == 0 || a.classes == 0) return;
   with_type(a.dtype, [&](auto t) { run<decltype(t)>(a); });
+}
+
+void exp_log(const float* x, float* exps, float* logs, int64_t n) {
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const int64_t count = std::min(n - i, kWidth);
+    store(exps + i, core::exp<u32>(load(x + i, count)), count);
+    store(logs + i, core::log<u32>(load(x + i, count)), count);
+  }
 }
 
 }  // namespace swag::SWAG_ISA

@@ -101,6 +101,8 @@ struct Kernels {
   // words [4, n] of Philox4x32-10 for counters [4, n], and the four normals made from each quad of words
   void (*philox)(const uint32_t* counters, uint64_t key, uint32_t* words, int64_t n);
   void (*normal)(const uint32_t* words, float* normals, int64_t n);
+  // e^x and ln x of core/average.h
+  void (*exp_log)(const float* x, float* exps, float* logs, int64_t n);
 };
 
 }  // namespace swag

@@ -24,7 +24,7 @@ from .tasks import Task
 from .weights import SampledWeights
 
 POINT_ESTIMATES = {"map": "MAP, last epoch", "map-best": "MAP, best validation epoch"}
-SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
+SCALES = (0.5, 1.0, 2.0, 4.0, 8.0)
 _SELECTION_SAMPLES = 8
 
 # A constant, not a share of the free memory, so that the same command does the same arithmetic everywhere.

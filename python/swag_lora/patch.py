@@ -94,7 +94,8 @@ class SampledModel(nn.Module):
             raise ValueError("adapter_names cannot be combined with samples: activate one adapter with set_adapter")
         if self._takes_use_cache and kwargs.get("past_key_values") is None:
             kwargs.setdefault("use_cache", False)
-        captures = any(kwargs.get(name, getattr(self._config, name, False)) for name in _CAPTURES)
+        asked = {name: kwargs.get(name) for name in _CAPTURES}
+        captures = any(getattr(self._config, name, False) if value is None else value for name, value in asked.items())
         args, kwargs = self._axis.enter(args, kwargs, share_prefix=not captures)
         return self._axis.leave(self.model(*args, **kwargs))
 
@@ -171,20 +172,19 @@ def _check_adapters(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{name} has merged adapters, which cannot be sampled: call unmerge_adapter() first")
         if module.disable_adapters:
             raise ValueError(f"{name} has its adapters disabled: call enable_adapter_layers() first")
-        if len(module.active_adapters) != 1:
+        if len(module.active_adapters) > 1:
             raise ValueError(
-                f"{name} has {len(module.active_adapters)} active adapters {module.active_adapters}: activate one with "
-                "set_adapter(name)"
+                f"{name} has several active adapters {module.active_adapters}: activate one with set_adapter(name)"
             )
-        adapter = module.active_adapters[0]
+        active = set(module.active_adapters)
         for weight in weights:
             if not weight.startswith(f"{name}."):
                 continue
             path = weight.removeprefix(f"{name}.").split(".")
-            if path[0] != "base_layer" and path[1:2] != [adapter]:
+            if path[0] != "base_layer" and (path[0] == "original_module" or active.isdisjoint(path)):
                 raise ValueError(
-                    f"{weight} takes no part in the forward pass while adapter {adapter!r} is active: activate the "
-                    "adapter the weights belong to with set_adapter(name)"
+                    f"{weight} takes no part in the forward pass while {active or 'no adapter'} is active: activate "
+                    "the adapter the weights belong to with set_adapter(name)"
                 )
 
 

@@ -187,7 +187,7 @@ class SampleAxis:
         (a cache, a mask object, a row count given as an integer) keeps all rows. Where b equals another size, so that
         the output's batch could not be told from it, the rows are a small multiple of b.
         """
-        if not self._share_prefix or self.begun or self.lane is not None:
+        if not self._share_prefix or self.begun:
             return None
         total = self.num_samples * self._rows
         leaves, spec = tree_flatten(call)
@@ -271,7 +271,6 @@ class Lanes:
             axis.lane = lane
             lanes.append(self._inner(**{name: self._lane(value, name) for name, value in kwargs.items()}))
         axis.lane = None
-        axis.begun = True
         return tree_map(lambda *v: torch.cat(v) if isinstance(v[0], Tensor) else v[0], *lanes)
 
     def _lane(self, value: Any, name: str) -> Any:

@@ -75,7 +75,7 @@ _ELSEWHERE = (
 )  # fmt: skip
 
 LABELS = tuple(_DEPARTMENTS)
-SIZES = {"train": 600, "val": 200, "test": 400, "oos_test": 200}
+SIZES = {"train": 500, "val": 150, "test": 300, "oos_test": 150}
 _FIRST, _SECOND = 0.66, 0.24
 
 

@@ -1,4 +1,4 @@
-"""A tiny BERT folder with a tokenizer, and small data folders, as the command line reads them."""
+"""Tiny model folders with tokenizers, and small data folders, as the command line reads them."""
 
 import gzip
 import json
@@ -6,27 +6,23 @@ import random
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 COLORS = ("red", "green", "blue")
 OBJECTS = ("stone", "leaf", "sea", "apple", "hat", "door", "car", "sky")
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
+WORDS = (*SPECIALS, *COLORS, *OBJECTS, "the", "is", "or", "which", "?")
+
+
 def save_tiny_bert(folder):
-    """A random BERT of two layers whose words are COLORS and OBJECTS; its checkpoint has no pooler and no head."""
-    words = [*SPECIALS, *COLORS, *OBJECTS, "the", "is", "or", "which", "?"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
+    """A random BERT of two layers whose words are WORDS; its checkpoint has no pooler and no head."""
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    _save_tokenizer(folder, names)
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(words),
+        vocab_size=len(WORDS),
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -36,6 +32,25 @@ def save_tiny_bert(folder):
     )
     BertForMaskedLM(config).save_pretrained(folder)
     return folder
+
+
+def save_tiny_gpt2(folder):
+    """A random GPT-2 of two layers: no multiple-choice head in transformers, and no padding token."""
+    _save_tokenizer(folder, {"unk_token": "[UNK]", "eos_token": "[SEP]"})
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(WORDS), n_embd=16, n_layer=2, n_head=2, n_positions=32, eos_token_id=3)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+def _save_tokenizer(folder, names):
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
 
 
 def write_lines(path, rows):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from encoder_models import save_colors, save_questions, save_tiny_bert, write_lines
+from encoder_models import save_colors, save_questions, save_tiny_bert, save_tiny_gpt2, write_lines
 from peft import PeftModel
 from safetensors.torch import load_file
 from swag_lora import memory
@@ -126,6 +126,19 @@ def test_multiple_choice(home, capsys):
     result = evaluate(home, capsys, "questions", "--samples", "4")
     assert [row["name"] for row in result["rows"]][-1] == "SWAG, K=4"
     assert all(0 <= row["accuracy"] <= 1 and row["nll"] < 20 for row in result["rows"])
+
+
+def test_multiple_choice_on_a_model_without_a_head_for_it(home, tmp_path, capsys):
+    save_tiny_gpt2(tmp_path / "gpt2")
+    fit = ["--data", str(home / "questions"), "--output", str(tmp_path / "fit"), *FAST]
+    assert main(["fit", str(tmp_path / "gpt2"), *fit]) == 0
+    capsys.readouterr()
+    options = ["--data", str(home / "questions"), "--samples", "4", "--json", "-"]
+    assert main(["evaluate", str(tmp_path / "fit"), *options]) == 0
+    whole = json.loads(capsys.readouterr().out)["rows"]
+    assert main(["evaluate", str(tmp_path / "fit"), *options, "--batch-size", "1"]) == 0
+    for row, single in zip(whole, json.loads(capsys.readouterr().out)["rows"], strict=True):
+        assert row["nll"] == pytest.approx(single["nll"], rel=1e-4)
 
 
 def test_fit_without_validation_split(home, tmp_path, capsys):

@@ -7,8 +7,10 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from swag_lora.patch import SampledModel
-from tiny_models import FAMILIES, LABELS, samples, text
+from swag_lora.weights import SampledWeights
+from tiny_models import FAMILIES, LABELS, samples, scramble, text
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers.cache_utils import Cache
@@ -93,9 +95,7 @@ def test_one_pass_equals_the_loop(family, padding):
     check_equal_to_loop(model, samples(model, SAMPLES), FAMILIES[family].batch(4, padding))
 
 
-@pytest.mark.parametrize(
-    ("num_samples", "batch"), [(1, 4), (3, 1), (7, 1), (4, 6), (7, 7), (8, 3), (4, 4), (8, 2)]
-)
+@pytest.mark.parametrize(("num_samples", "batch"), [(1, 4), (3, 1), (7, 1), (4, 6), (7, 7), (8, 3), (4, 4), (8, 2)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sizes_that_coincide(family, num_samples, batch):
     """S, B and S * B equal to each other, to the sequence length (7), the width (24), a table's length (16), or 1."""
@@ -409,10 +409,49 @@ def test_refuses_an_adapter_in_another_state():
 
     model.add_adapter("other", LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS"))
     model.set_adapter("other")
-    refused(model, weights, r"default.* takes no part .* 'other' is active.*set_adapter")
+    refused(model, weights, r"default.* takes no part .*'other'. is active.*set_adapter")
     query = model.get_submodule("base_model.model.bert.encoder.layer.0.attention.self.query")
     query.set_adapter(["default", "other"])
-    refused(model, weights, r"layer.0.*query has 2 active adapters.*set_adapter")
+    refused(model, weights, r"layer.0.*query has several active adapters.*set_adapter")
+
+
+def test_another_adapter_beside_the_active_one():
+    model, batch = FAMILIES["bert"].lora(), text(4, "right")
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["key", "value"]))
+    model.set_adapter("other")
+    scramble(model)
+    weights = samples(model, SAMPLES)
+    assert weights and all(".other." in name for name in weights)
+    check_equal_to_loop(model, weights, batch)
+
+
+def test_weights_drawn_into_one_buffer():
+    model, batch = FAMILIES["gpt2"].lora(bias="all", modules_to_save=["score", "wte"]), text(4, "right")
+    weights = samples(model, SAMPLES)
+    buffered = SampledWeights.from_mapping(weights)
+    assert not buffered[next(iter(weights))].is_contiguous()
+    torch.testing.assert_close(
+        SampledModel(model, buffered)(**batch).logits, SampledModel(model, weights)(**batch).logits
+    )
+
+
+def test_a_quantised_base_layer_is_only_called():
+    class Quantised(nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.scale = linear.weight.abs().max() / 127
+            self.register_buffer("codes", (linear.weight / self.scale).round().to(torch.int8))
+            self.in_features, self.out_features = linear.in_features, linear.out_features
+
+        def forward(self, x):
+            return x @ (self.codes.to(x.dtype) * self.scale.to(x.dtype)).mT
+
+    model = FAMILIES["llama"].lora()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                module.base_layer = Quantised(module.base_layer)
+    check_equal_to_loop(model, samples(model, SAMPLES), text(4, "right"))
 
 
 def test_refuses_weights_of_another_model():

@@ -170,10 +170,11 @@ class Prefixed(nn.Module):
         (lambda m, x: x + m.first(m.table.weight).sum(0), (B, T, H)),
         (lambda m, x: x + m.first(torch.arange(S * B * H).view(-1, H) / 9.0)[:, None].sum(0), (B, S * B, H)),
         (lambda m, x: m.first(x.transpose(0, 1)).transpose(0, 1).contiguous(), (B, S * B, H)),
+        (lambda m, x: m.first(x[:, :1].expand(-1, S * B, -1).transpose(0, 1)).transpose(0, 1).contiguous(), (B, T, H)),
         (lambda m, x: m.first(x.flatten(0, 1)).view(x.shape), (B, S, H)),
         (lambda m, x: m.first(x), (B, T, H)),
     ],
-    ids=["table", "length", "time first", "flattened", "batch"],
+    ids=["table", "length", "time first", "inner length", "flattened", "batch"],
 )
 def test_modules_ahead_of_randomness(call, shape):
     """Whatever could be mistaken for a batch of S * B rows runs in full."""
@@ -181,21 +182,52 @@ def test_modules_ahead_of_randomness(call, shape):
     check(model, sample(model, "last.weight"), torch.randn(*shape))
 
 
-def test_a_prefix_with_ambiguous_outputs_runs_in_full():
-    """The module returns a table as long as the batch beside the batch itself."""
+class Pair(nn.Linear):
+    """Returns what `extra` makes of its input and output beside the output."""
 
-    class Pair(nn.Linear):
-        def forward(self, x):
-            return super().forward(x), torch.ones(2 * B, 1).cumsum(0)
+    def __init__(self, extra) -> None:
+        super().__init__(H, H)
+        self.extra = extra
 
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.pair, self.last = Pair(H, H), nn.Linear(H, H)
+    def forward(self, x, *args):
+        y = super().forward(x)
+        return y, self.extra(x, y, *args)
 
-        def forward(self, x):
-            y, table = self.pair(x)
-            return self.last(y * table.sum())
 
-    model = Model()
-    check(model, sample(model, "last.bias", "last.weight"), torch.randn(B, T, H))
+class Paired(nn.Module):
+    def __init__(self, extra, call, use) -> None:
+        super().__init__()
+        self.pair, self.last = Pair(extra), nn.Linear(H, H)
+        self.call, self.use = call, use
+
+    def forward(self, x):
+        return self.last(self.use(*self.call(self.pair, x)))
+
+
+@pytest.mark.parametrize(
+    ("extra", "call", "use", "shape"),
+    [
+        (
+            lambda x, y: torch.arange(x.shape[1]).float(),
+            lambda pair, x: pair(x),
+            lambda y, table: y * table[:, None],
+            (B, B, H),
+        ),
+        (
+            lambda x, y: y.flatten(0, 1),
+            lambda pair, x: pair(x),
+            lambda y, tokens: y + tokens.view(y.shape),
+            (B, T, H),
+        ),
+        (
+            lambda x, y, mask: y.view(len(mask), -1, H) * mask,
+            lambda pair, x: pair(x.flatten(0, 1), x[:, :1, :1].sigmoid()),
+            lambda y, tokens: tokens,
+            (B, T, H),
+        ),
+    ],
+    ids=["a table as long as the batch", "flattened tokens", "flattened tokens and a mask"],
+)
+def test_outputs_ahead_of_randomness(extra, call, use, shape):
+    model = Paired(extra, call, use)
+    check(model, sample(model, "last.bias", "last.weight"), torch.randn(*shape))
