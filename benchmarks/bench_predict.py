@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import alternate, compare
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification
+
+from harness import alternate, compare
 from published import PublishedSwag
 from swag_lora import Prediction, Predictor, SwagPosterior, predict
 from swag_lora.demo import encoder
-from transformers import AutoModelForSequenceClassification
 
 SAMPLES, LENGTH, RANK = 16, 32, 20
 

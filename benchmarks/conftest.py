@@ -1,7 +1,8 @@
-import harness
 import pytest
 from rich.console import Console
 from rich.table import Table
+
+import harness
 
 _rows = pytest.StashKey[list[harness.Row]]()
 _notes = pytest.StashKey[list[str]]()
@@ -30,7 +31,9 @@ def pytest_terminal_summary(terminalreporter, config):
     rows = config.stash[_rows]
     if not rows:
         return
-    table = Table(title="ratios: median (20 % – 80 %) of one alternating run; seconds are medians", title_justify="left")
+    table = Table(
+        title="ratios: median (20 % – 80 %) of one alternating run; seconds are medians", title_justify="left"
+    )
     for name in ("case", "against", "ours", "theirs or limit", "ratio", "target"):
         table.add_column(name, justify="left" if name in ("case", "against") else "right")
     for row in rows:

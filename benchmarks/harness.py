@@ -19,7 +19,15 @@ LORA_SIZES: dict[str, list[tuple[int, ...]]] = {
     "Llama-2-7B r=8 q,v": [(8, 4096), (4096, 8)] * 64,
     "Llama-3-8B r=16 all-linear": [
         shape
-        for out, features in [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)]
+        for out, features in [
+            (4096, 4096),
+            (1024, 4096),
+            (1024, 4096),
+            (4096, 4096),
+            (14336, 4096),
+            (14336, 4096),
+            (4096, 14336),
+        ]
         for shape in [(16, features), (out, 16)]
     ]
     * 32,
@@ -47,7 +55,9 @@ class Row:
         return f"≥ {self.target:g}: " + ("reached" if self.ratio >= self.target else "MISSED")
 
 
-def alternate(functions: Mapping[str, Callable[[], object]], rounds: int = 11, warmup: int = 2) -> dict[str, list[float]]:
+def alternate(
+    functions: Mapping[str, Callable[[], object]], rounds: int = 11, warmup: int = 2
+) -> dict[str, list[float]]:
     """Seconds of each function, called in turn A B A B …, after ``warmup`` uncounted rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for index in range(warmup + rounds):
@@ -60,7 +70,9 @@ def alternate(functions: Mapping[str, Callable[[], object]], rounds: int = 11, w
     return seconds
 
 
-def compare(case: str, seconds: Mapping[str, list[float]], ours: str, targets: Mapping[str, float] | None = None) -> list[Row]:
+def compare(
+    case: str, seconds: Mapping[str, list[float]], ours: str, targets: Mapping[str, float] | None = None
+) -> list[Row]:
     """Rows of ``ours`` against every other entry: median of the round-by-round ratios, with their 20 % and 80 % quantiles."""
     rows = []
     for name, theirs in seconds.items():
@@ -109,7 +121,11 @@ def matmul_rate(dtype: torch.dtype = torch.float32) -> float:
 def machine() -> str:
     """The line under every table: processor, threads, versions, commit."""
     cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
+    names = (
+        [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        if cpuinfo.exists()
+        else []
+    )
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     try:
         triton = metadata.version("triton")

@@ -73,7 +73,9 @@ def choose(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
             break
         reasons.append(f"'{name}' is not available: {reason}")
     if reasons:
-        warnings.warn(f"swag_kernels runs on the slow '{name}' back end; {'; '.join(reasons)}", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"swag_kernels runs on the slow '{name}' back end; {'; '.join(reasons)}", RuntimeWarning, stacklevel=2
+        )
     return name
 
 
@@ -91,7 +93,9 @@ def info() -> None:
         print(f"  back end {name}: {_missing(name) or 'available'}")
     if native.missing() is None:
         sets = native.supported_isas()
-        print(f"  instruction set {native.isa()} (available: {', '.join(sets)}), OpenMP {'on' if native.openmp() else 'off'}")
+        print(
+            f"  instruction set {native.isa()} (available: {', '.join(sets)}), OpenMP {'on' if native.openmp() else 'off'}"
+        )
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     for device in devices:
         with warnings.catch_warnings():

@@ -67,7 +67,9 @@ def use_isa(name: str) -> Iterator[None]:
         _kernels().select_isa(before)
 
 
-def collect_(params: list[Tensor], mean: Tensor, m2: Tensor, deviations: Tensor | None, count: Tensor, layout: Tensor) -> None:
+def collect_(
+    params: list[Tensor], mean: Tensor, m2: Tensor, deviations: Tensor | None, count: Tensor, layout: Tensor
+) -> None:
     contiguous = [p if p.is_contiguous() else p.contiguous() for p in params]
     seen = int(count)
     slot = 0
@@ -173,11 +175,15 @@ def sampled_lora_(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Tensor)
         base.copy_(sampled_lora(x, A, B, scaling, base))
 
 
-def sampled_lora_backward(grad: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+def sampled_lora_backward(
+    grad: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
     samples, rank, features = A.shape
     _, rows, out = grad.shape
     dx, dA, dB = (torch.empty(t.shape, dtype=torch.float32) for t in (x, A, B))
-    if x.shape[0] > 1 and x.stride(0) == 0:  # an expanded x has a gradient for every sample, which stride 0 would add up
+    if (
+        x.shape[0] > 1 and x.stride(0) == 0
+    ):  # an expanded x has a gradient for every sample, which stride 0 would add up
         x = x.contiguous()
     grad = grad.contiguous()
     (x, stride_x), (A, stride_A), (B, stride_B) = _rows(x), _rows(A), _rows(B)

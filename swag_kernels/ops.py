@@ -27,7 +27,9 @@ _library.define(
 )
 _library.define("sampled_lora(Tensor x, Tensor A, Tensor B, float scaling, Tensor base) -> Tensor")
 _library.define("sampled_lora_(Tensor x, Tensor A, Tensor B, float scaling, Tensor(a!) base) -> ()")
-_library.define("sampled_lora_backward(Tensor grad, Tensor x, Tensor A, Tensor B, float scaling) -> (Tensor, Tensor, Tensor)")
+_library.define(
+    "sampled_lora_backward(Tensor grad, Tensor x, Tensor A, Tensor B, float scaling) -> (Tensor, Tensor, Tensor)"
+)
 _library.define(
     "bayes_average_(Tensor(a!) log_sum, Tensor(b!) m2, Tensor(c!) votes, Tensor(d!) entropy, Tensor(e!) count, "
     "Tensor logits, int group) -> ()"
@@ -41,7 +43,10 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _check_arena(op: str, size: int, device: torch.device, **buffers: Tensor | None) -> None:
-    _require(size % BLOCK == 0, f"{op}: the arena's size {size} is not a multiple of {BLOCK}; use swag_kernels.arena_size(layout)")
+    _require(
+        size % BLOCK == 0,
+        f"{op}: the arena's size {size} is not a multiple of {BLOCK}; use swag_kernels.arena_size(layout)",
+    )
     for name, buffer in buffers.items():
         if buffer is None:
             continue
@@ -49,7 +54,9 @@ def _check_arena(op: str, size: int, device: torch.device, **buffers: Tensor | N
             buffer.dtype in (torch.float32, torch.float64) and buffer.is_contiguous() and buffer.device == device,
             f"{op}: {name} must be contiguous float32 on {device}, got {buffer.dtype} on {buffer.device}",
         )
-        _require(buffer.shape[-1:] == (size,), f"{op}: {name} has shape {list(buffer.shape)}, its last size must be {size}")
+        _require(
+            buffer.shape[-1:] == (size,), f"{op}: {name} has shape {list(buffer.shape)}, its last size must be {size}"
+        )
 
 
 def collect_(
@@ -175,7 +182,7 @@ def _draw_impl(
     _require(deviations is None or deviations.dim() == 2, "draw: deviations must be [R, N]")
     _require(num_samples >= 1, f"draw: num_samples must be at least 1, got {num_samples}")
     _require(
-        0 <= first_sample and first_sample + num_samples <= 2**32,
+        first_sample >= 0 and first_sample + num_samples <= 2**32,
         f"draw: samples {first_sample} to {first_sample + num_samples} lie outside [0, 2**32]",
     )
     _require(dtype in _FLOATS, f"draw: dtype must be float32, bfloat16 or float16, got {dtype}")
@@ -312,7 +319,9 @@ def _bayes_average_impl(
         logits.dim() == 3 and logits.shape[1:] == log_sum.shape and logits.dtype in _FLOATS,
         f"bayes_average_: logits must be floating [S, {', '.join(map(str, log_sum.shape))}], got {logits.dtype} {list(logits.shape)}",
     )
-    _require(logits.device == log_sum.device, f"bayes_average_: logits are on {logits.device}, the state on {log_sum.device}")
+    _require(
+        logits.device == log_sum.device, f"bayes_average_: logits are on {logits.device}, the state on {log_sum.device}"
+    )
     _require(
         group in (1, 2) and len(logits) % group == 0,
         f"bayes_average_: {len(logits)} samples do not make whole antithetic pairs; stream an even number",

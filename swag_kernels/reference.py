@@ -43,7 +43,9 @@ def normal(words: Tensor) -> Tensor:
     return torch.stack((radius * angle.cos(), radius * angle.sin()), dim=1).flatten(0, 1).T
 
 
-def collect_(params: list[Tensor], mean: Tensor, m2: Tensor, deviations: Tensor | None, count: Tensor, layout: Tensor) -> None:
+def collect_(
+    params: list[Tensor], mean: Tensor, m2: Tensor, deviations: Tensor | None, count: Tensor, layout: Tensor
+) -> None:
     seen = int(count)
     slot = deviations[seen % len(deviations)] if deviations is not None else None
     for param, (offset, numel, _) in zip(params, layout.tolist(), strict=True):
@@ -108,7 +110,9 @@ def sampled_lora_(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Tensor)
     base.copy_(sampled_lora(x, A, B, scaling, base))
 
 
-def sampled_lora_backward(grad: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+def sampled_lora_backward(
+    grad: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = _accumulation_dtype(grad, x)
     grad, x_, A_, B_ = grad.to(dtype), x.to(dtype), A.to(dtype), B.to(dtype)
     d_hidden = scaling * (grad @ B_)  # [S, M, r]

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+import torch
+
 import swag_kernels
 import swag_lora
-import torch
 from swag_kernels import native
 
 assert Path.cwd() not in Path(swag_kernels.__file__).parents, "the source tree was imported, not the wheel"

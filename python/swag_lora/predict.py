@@ -18,9 +18,7 @@ from .weights import SampledWeights
 class Posterior(Protocol):
     """Anything that draws weights: sample k is a function of (posterior, seed, k) alone, whatever else is drawn."""
 
-    def draw(
-        self, num_samples: int, *, seed: int, first: int, scale: float, method: str
-    ) -> SampledWeights: ...
+    def draw(self, num_samples: int, *, seed: int, first: int, scale: float, method: str) -> SampledWeights: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,9 +85,7 @@ class Prediction:
         return average.prediction()
 
     def _tensors(self) -> dict[str, Any]:
-        return {
-            field.name: getattr(self, field.name) for field in fields(self) if field.name != "num_samples"
-        }
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "num_samples"}
 
 
 class Predictor:
@@ -122,9 +118,7 @@ class Predictor:
             )
         self.num_samples = num_samples
         self._passes = [
-            posterior.draw(
-                min(step, num_samples - start), seed=seed, first=first + start, scale=scale, method=method
-            )
+            posterior.draw(min(step, num_samples - start), seed=seed, first=first + start, scale=scale, method=method)
             for start in range(0, num_samples, step)
         ]
         self._sampled = SampledModel(model, self._passes[0]).eval()

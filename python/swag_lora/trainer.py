@@ -85,9 +85,7 @@ class SwagCallback(TrainerCallback):
         anneal: Literal["cosine", "linear"] = "cosine",
     ) -> None:
         if isinstance(start, bool) or not isinstance(start, (int, float)):
-            raise TypeError(
-                f"start must be a number of steps (int) or a fraction of them (float), got {start!r}"
-            )
+            raise TypeError(f"start must be a number of steps (int) or a fraction of them (float), got {start!r}")
         if start < 0 or (isinstance(start, float) and not start < 1):
             raise ValueError(f"start must be a number of steps (int) or a fraction in [0, 1), got {start}")
         if every != "epoch" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
@@ -121,9 +119,7 @@ class SwagCallback(TrainerCallback):
         optimizer = kwargs["optimizer"]
         start = round(self.start * state.max_steps) if isinstance(self.start, float) else self.start
         if start >= state.max_steps:
-            raise RuntimeError(
-                f"collecting starts after step {start}, but training ends at step {state.max_steps}"
-            )
+            raise RuntimeError(f"collecting starts after step {start}, but training ends at step {state.max_steps}")
         self._start_step, self._changed = start, False
         if self.lr is not None:
             self._rates(optimizer)
@@ -157,9 +153,7 @@ class SwagCallback(TrainerCallback):
         scheduler = getattr(scheduler, "scheduler", scheduler)
         scheduler._last_lr = [float(group["lr"]) for group in groups]
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._changed |= not getattr(kwargs["optimizer"], "step_was_skipped", False)
         # Here and not in on_epoch_end, which comes after the epoch's last checkpoint by steps has been written.
         due = (
@@ -177,9 +171,7 @@ class SwagCallback(TrainerCallback):
         if self.every == "epoch":
             self._collect(state)
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # A hyperparameter search writes to folders that callbacks are not told.
         if args.should_save and not state.is_hyper_param_search and int(self.posterior.count):
             self.posterior.save_pretrained(os.path.join(_checkpoint_folder(args, state), SUBFOLDER))

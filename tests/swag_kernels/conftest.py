@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from swag_kernels import native
 
 

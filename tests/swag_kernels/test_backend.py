@@ -2,8 +2,9 @@ import subprocess
 import sys
 
 import pytest
-import swag_kernels
 import torch
+
+import swag_kernels
 from swag_kernels import backend, native, reference
 from swag_kernels.backend import choose, select
 

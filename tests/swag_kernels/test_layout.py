@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from swag_kernels import BLOCK, arena_size, segment_table
 from swag_kernels.layout import check_layout
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from swag_kernels import AverageState, arena_size, backend, bayes_average_, collect_, draw, sampled_lora, segment_table
 
 LAYOUT = segment_table([5, 2000, 7])

@@ -9,6 +9,7 @@ from peft import PeftModel, peft_model
 from posterior_models import TwoTensors, step, tiny_base, tiny_peft
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
 from swag_lora import checkpoint
 from swag_lora.checkpoint import POSTERIOR_NAME
 from swag_lora.posterior import SwagPosterior

@@ -7,10 +7,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from posterior_models import TwoTensors, step, tiny_peft, trainable
-from swag_lora.compat import SWAG
 from test_posterior import covariance_error
 from torch import nn
 from torch.distributions import MultivariateNormal
+
+from swag_lora.compat import SWAG
 
 RANK = 5
 DTYPES = [torch.float32, torch.bfloat16]

@@ -3,10 +3,10 @@ from dataclasses import replace
 import pytest
 import torch
 from posterior_models import tiny_peft
-from swag_lora.layout import Layout, find_parameter, require_finite, select_parameters
 from torch import nn
 
 from swag_kernels import BLOCK, arena_size
+from swag_lora.layout import Layout, find_parameter, require_finite, select_parameters
 
 
 def example():

@@ -159,12 +159,8 @@ def test_ood_resolves_small_differences():
 def test_report():
     log_probs, labels = problem()
     entropy = torch.special.entr(log_probs.exp()).sum(1)
-    inside = SimpleNamespace(
-        log_probs=log_probs, entropy=entropy, mutual_information=entropy / 3, num_samples=4
-    )
-    outside = SimpleNamespace(
-        log_probs=log_probs, entropy=entropy + 0.5, mutual_information=entropy / 3, num_samples=4
-    )
+    inside = SimpleNamespace(log_probs=log_probs, entropy=entropy, mutual_information=entropy / 3, num_samples=4)
+    outside = SimpleNamespace(log_probs=log_probs, entropy=entropy + 0.5, mutual_information=entropy / 3, num_samples=4)
     values = metrics.report(inside, labels)
     assert values == {f.__name__: f(log_probs, labels) for f in PER_CLASS}
     assert metrics.report(inside, labels, num_bins=3)["ece"] == metrics.ece(log_probs, labels, 3)

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 from posterior_models import TwoTensors, step, tiny_peft, trainable
-from swag_lora.posterior import SwagPosterior
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+
+from swag_lora.posterior import SwagPosterior
 
 
 def collected(model, rank=5, times=7, **options):

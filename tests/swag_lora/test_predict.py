@@ -269,15 +269,11 @@ def tiny(kind="classifier"):
     }  # fmt: skip
     if kind == "lm":
         base = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=16))
-        lora = LoraConfig(
-            task_type="CAUSAL_LM", r=2, target_modules=["c_attn"], lora_dropout=0.2, fan_in_fan_out=True
-        )
+        lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["c_attn"], lora_dropout=0.2, fan_in_fan_out=True)
     else:
         build = BertForMultipleChoice if kind == "choice" else BertForSequenceClassification
         base = build(BertConfig(**bert))
-        lora = LoraConfig(
-            r=2, target_modules=["query", "value"], lora_dropout=0.2, modules_to_save=["classifier"]
-        )
+        lora = LoraConfig(r=2, target_modules=["query", "value"], lora_dropout=0.2, modules_to_save=["classifier"])
     model = get_peft_model(base, lora).train()
     posterior = SwagPosterior(model, rank=4)
     for _ in range(5):
@@ -317,9 +313,7 @@ def test_peft_model_against_one_forward_a_sample(kind):
 
     after = fingerprint(model)
     assert model.training and before[1:] == after[1:]
-    assert before[0].keys() == after[0].keys() and all(
-        torch.equal(before[0][k], after[0][k]) for k in before[0]
-    )
+    assert before[0].keys() == after[0].keys() and all(torch.equal(before[0][k], after[0][k]) for k in before[0])
 
 
 def test_peft_model_predictor():

@@ -89,9 +89,7 @@ def train(model, folder, callback, *, rows=None, stop_at=None, resume=None, more
     )
     trainer.train(resume_from_checkpoint=resume)
     recorder.trainer = trainer
-    recorder.logged = [
-        entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry
-    ]
+    recorder.logged = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
     return recorder
 
 
@@ -230,9 +228,7 @@ def test_rate_of_every_step_and_in_the_logs(peft_model, tmp_path, anneal):
 
 
 def test_annealing_is_that_of_torch(peft_model, tmp_path):
-    recorder = train(
-        peft_model, tmp_path, SwagCallback(start=6, lr=3e-3, anneal_steps=7), lr_scheduler_type="constant"
-    )
+    recorder = train(peft_model, tmp_path, SwagCallback(start=6, lr=3e-3, anneal_steps=7), lr_scheduler_type="constant")
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-2)
     swalr = torch.optim.swa_utils.SWALR(optimizer, swa_lr=3e-3, anneal_epochs=7, anneal_strategy="cos")
     expected = []
@@ -324,9 +320,7 @@ def test_checkpoint_holds_a_posterior_and_a_plain_adapter(peft_model, tmp_path):
     folder = tmp_path / "checkpoint-24" / "swag" / "posterior"
     loaded = SwagPosterior.from_pretrained(make_model(), folder)
     assert_same_posterior(loaded, callback.posterior)
-    assert (
-        int(SwagPosterior.from_pretrained(make_model(), tmp_path / "checkpoint-12/swag/posterior").count) == 3
-    )
+    assert int(SwagPosterior.from_pretrained(make_model(), tmp_path / "checkpoint-12/swag/posterior").count) == 3
 
 
 def test_moved_checkpoint(tmp_path):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from swag_lora.layout import Layout
 from swag_lora.weights import SampledWeights
 
