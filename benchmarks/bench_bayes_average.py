@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from harness import alternate, compare, copy_bandwidth, limit
 from swag_kernels import AverageState, bayes_average_
-from torch import Tensor
 
 STACKED = "stack → softmax → mean, entropies"
 GIVEN = "softmax → mean, entropies"
@@ -44,7 +45,9 @@ def bench_bayes_average(dtype, samples, batch, classes, report, benchmark):
     functions = {"bayes_average_": ours, STACKED: stacked, GIVEN: given}
     seconds = alternate(functions, rounds=301 if batch * classes < 1e5 else 9)
     case = f"bayes_average_ {str(dtype)[6:]} S={samples} B={batch} C={classes}"
-    state_bytes = 4 * batch * classes * 4 * 2  # log_sum, m2 and votes read and written, and the same again to make and read them
+    state_bytes = (
+        4 * batch * classes * 4 * 2
+    )  # log_sum, m2 and votes read and written, and the same again to make and read them
     moved = 2 * logits.numel() * logits.element_size() + state_bytes
     report(
         compare(case, seconds, "bayes_average_", {STACKED: 3.0})

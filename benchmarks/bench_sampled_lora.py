@@ -7,6 +7,7 @@ import math
 import time
 
 import torch
+
 from harness import Row, alternate, compare, copy_bandwidth, limit, matmul_rate
 from swag_kernels import sampled_lora
 from swag_kernels.reference import sampled_lora as exact_lora
@@ -31,8 +32,13 @@ def rows_of(dtype: torch.dtype, features: int, samples: int, rows: int, rank: in
 
     exact = exact_lora(x.double(), A.double(), B.double(), SCALING, base.double())
     theirs = baseline(base.clone()).double()
-    error, allowed = (sampled_lora(x, A, B, SCALING, base.clone()).double() - exact).abs().max(), (theirs - exact).abs().max()
-    assert error <= 2 * allowed + torch.finfo(dtype).eps / 2 * exact.abs().max(), f"off by {error:.3g}, torch by {allowed:.3g}"
+    error, allowed = (
+        (sampled_lora(x, A, B, SCALING, base.clone()).double() - exact).abs().max(),
+        (theirs - exact).abs().max(),
+    )
+    assert error <= 2 * allowed + torch.finfo(dtype).eps / 2 * exact.abs().max(), (
+        f"off by {error:.3g}, torch by {allowed:.3g}"
+    )
 
     start = time.perf_counter()
     baseline()
@@ -41,8 +47,14 @@ def rows_of(dtype: torch.dtype, features: int, samples: int, rows: int, rank: in
     case = f"sampled_lora {str(dtype)[6:]} {features}→{features} S={samples} M={rows} r={rank}"
     moved = sum(t.numel() * t.element_size() for t in (x, A, B, base, base))
     operations = 4 * samples * rows * features * rank
-    bound = max((moved / copy_bandwidth(), "bytes at copy bandwidth"), (operations / matmul_rate(dtype), "operations at matmul rate"))
-    return [*compare(case, seconds, "sampled_lora", {BASELINE: 0.95}), limit(case, bound[1], seconds["sampled_lora"], bound[0])]
+    bound = max(
+        (moved / copy_bandwidth(), "bytes at copy bandwidth"),
+        (operations / matmul_rate(dtype), "operations at matmul rate"),
+    )
+    return [
+        *compare(case, seconds, "sampled_lora", {BASELINE: 0.95}),
+        limit(case, bound[1], seconds["sampled_lora"], bound[0]),
+    ]
 
 
 def bench_sampled_lora(report, benchmark):
@@ -51,7 +63,19 @@ def bench_sampled_lora(report, benchmark):
     mean = math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
     report([row for pair in table for row in pair])
     seconds = [sum(getattr(pair[0], side) for pair in table) for side in ("ours", "theirs")]
-    report([Row(f"sampled_lora, geometric mean of {len(ratios)} shapes", BASELINE, *seconds, mean, min(ratios), max(ratios), 1.5)])
+    report(
+        [
+            Row(
+                f"sampled_lora, geometric mean of {len(ratios)} shapes",
+                BASELINE,
+                *seconds,
+                mean,
+                min(ratios),
+                max(ratios),
+                1.5,
+            )
+        ]
+    )
 
     x, A, B, base = (torch.randn(8, *shape) for shape in ((16, 4096), (8, 4096), (4096, 8), (16, 4096)))
     benchmark.pedantic(lambda: sampled_lora(x, A, B, SCALING, base), rounds=20, warmup_rounds=2)

@@ -40,8 +40,8 @@ def pytest_terminal_summary(terminalreporter, config):
         table.add_row(
             row.case,
             row.baseline,
-            _seconds(row.ours),
-            _seconds(row.theirs),
+            _quantity(row.ours, row.unit),
+            _quantity(row.theirs, row.unit),
             f"{row.ratio:.2f} ({row.low:.2f} – {row.high:.2f})",
             row.verdict,
         )
@@ -52,8 +52,10 @@ def pytest_terminal_summary(terminalreporter, config):
     console.print(harness.machine())
 
 
-def _seconds(value: float) -> str:
-    for unit, scale in (("s", 1), ("ms", 1e3), ("µs", 1e6)):
+def _quantity(value: float, unit: str) -> str:
+    if unit != "s":
+        return f"{value:.3g} {unit}"
+    for name, scale in (("s", 1), ("ms", 1e3), ("µs", 1e6)):
         if value * scale >= 1:
-            return f"{value * scale:.3g} {unit}"
+            return f"{value * scale:.3g} {name}"
     return f"{value * 1e9:.3g} ns"

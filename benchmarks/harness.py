@@ -37,7 +37,7 @@ LORA_SIZES: dict[str, list[tuple[int, ...]]] = {
 
 @dataclass
 class Row:
-    """One line of the table: ``ours`` against one baseline, in seconds, or against a physical limit."""
+    """One line of the table: ``ours`` against one baseline, or against a physical limit; in seconds unless ``unit`` says else."""
 
     case: str
     baseline: str
@@ -47,6 +47,7 @@ class Row:
     low: float
     high: float
     target: float | None = None
+    unit: str = "s"
 
     @property
     def verdict(self) -> str:

@@ -44,6 +44,12 @@ def backend(name: str) -> Iterator[None]:
 
 
 @cache
+def _from_environment() -> str | None:
+    value = os.environ.get("SWAG_KERNELS_BACKEND")
+    return _check_name(value, "SWAG_KERNELS_BACKEND") if value else None
+
+
+@cache
 def _module(name: str) -> ModuleType:
     return importlib.import_module(f"swag_kernels.{BACKENDS[name]}")
 
@@ -55,9 +61,7 @@ def _missing(name: str) -> str | None:
 
 def choose(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """Name of the back end that an op on this device and dtype will use. float64 is always the reference's."""
-    forced = _forced.get()
-    if forced is None and (value := os.environ.get("SWAG_KERNELS_BACKEND")):
-        forced = _check_name(value, "SWAG_KERNELS_BACKEND")
+    forced = _forced.get() or _from_environment()
     if dtype == torch.float64:
         return "reference"
     if forced is not None:
@@ -66,17 +70,22 @@ def choose(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
         if reason := _missing(forced):
             raise RuntimeError(f"the back end '{forced}' is not available: {reason}")
         return forced
+    name, reasons = _default(device.type)
+    if reasons:
+        warnings.warn(f"swag_kernels runs on the slow '{name}' back end; {reasons}", RuntimeWarning, stacklevel=2)
+    return name
+
+
+@cache
+def _default(device_type: str) -> tuple[str, str]:
+    """The first back end that can run on a device, and why the preferred ones cannot."""
     reasons = []
-    for name in _PREFERENCE.get(device.type, _DEFAULT):
+    for name in _PREFERENCE.get(device_type, _DEFAULT):
         reason = _missing(name)
         if reason is None:
             break
         reasons.append(f"'{name}' is not available: {reason}")
-    if reasons:
-        warnings.warn(
-            f"swag_kernels runs on the slow '{name}' back end; {'; '.join(reasons)}", RuntimeWarning, stacklevel=2
-        )
-    return name
+    return name, "; ".join(reasons)
 
 
 def select(device: torch.device, dtype: torch.dtype = torch.float32) -> ModuleType:

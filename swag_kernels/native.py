@@ -128,9 +128,9 @@ def draw(
 
 def _rows(t: Tensor) -> tuple[Tensor, int]:
     """``t`` with its last two axes contiguous, and its stride over the samples: 0 where that axis has size 1."""
-    samples, _, columns = t.shape
+    samples, rows, columns = t.shape
     stride, row, step = t.stride()
-    if step != 1 or row != columns:
+    if (row != columns and rows > 1) or (step != 1 and columns > 1):
         t = t.contiguous()
         stride = t.stride(0)
     return t, stride if samples > 1 else 0

@@ -94,18 +94,19 @@ def _collect_impl(
     rows = check_layout(layout, mean.numel())
     _require(len(rows) == len(params), f"collect_: {len(params)} parameters for a layout of {len(rows)} tensors")
     for index, (param, (_, numel, _)) in enumerate(zip(params, rows, strict=True)):
-        _require(
-            param.numel() == numel and param.dtype in _FLOATS and param.device == mean.device,
-            f"collect_: parameter {index} is {param.dtype} {list(param.shape)} on {param.device}; the layout has "
-            f"{numel} elements there, on {mean.device}",
-        )
+        # Not _require: formatting the message for every tensor would cost a third of the op.
+        if param.numel() != numel or param.dtype not in _FLOATS or param.device != mean.device:
+            raise ValueError(
+                f"collect_: parameter {index} is {param.dtype} {list(param.shape)} on {param.device}; the layout has "
+                f"{numel} elements there, on {mean.device}"
+            )
     if deviations is not None and not len(deviations):
         deviations = None
     select(mean.device, _widest(mean, *params)).collect_(params, mean, m2, deviations, count, layout)
 
 
 def _widest(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
 
 
 def draw(
@@ -224,8 +225,8 @@ def sampled_lora(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Tensor) 
     Raises:
         ValueError: a shape, dtype or device does not fit.
     """
-    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (x, A, B, base))
-    if not recorded and base.is_contiguous() and base.shape[:1] == A.shape[:1]:
+    recorded = torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad or base.requires_grad)
+    if not recorded and base.is_contiguous() and base.shape[0] == A.shape[0]:
         _ops.sampled_lora_(x, A, B, scaling, base)
         return base
     return _ops.sampled_lora(x, A, B, scaling, base)
@@ -233,17 +234,20 @@ def sampled_lora(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Tensor) 
 
 def _check_lora(x: Tensor, A: Tensor, B: Tensor, base: Tensor) -> None:
     shapes = x.shape, A.shape, B.shape, base.shape
-    if not all(len(shape) == 3 for shape in shapes):
-        raise ValueError(f"sampled_lora: all tensors have three axes, got {_named_shapes(*shapes)}")
-    (x_samples, rows, x_features), (samples, rank, features), (B_samples, out, B_rank), base_shape = shapes
+    try:
+        (x_samples, x_rows, x_features), (samples, rank, features), (B_samples, out, B_rank), (_, rows, columns) = (
+            shapes
+        )
+    except ValueError:
+        raise ValueError(f"sampled_lora: all tensors have three axes, got {_named_shapes(*shapes)}") from None
     if not (
         x_samples in (1, samples)
-        and base_shape[0] in (1, samples)
+        and shapes[3][0] in (1, samples)
         and x_features == features
         and B_samples == samples
         and B_rank == rank
-        and base_shape[1] == rows
-        and base_shape[2] == out
+        and x_rows == rows
+        and columns == out
     ):
         raise ValueError(
             f"sampled_lora: expected x [S or 1, M, in], A [S, r, in], B [S, out, r], base [S or 1, M, out], "
@@ -269,7 +273,8 @@ def _sampled_lora_impl(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Te
 
 def _sampled_lora_inplace_impl(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Tensor) -> None:
     _check_lora(x, A, B, base)
-    _require(base.shape[0] == A.shape[0], "sampled_lora_: base cannot broadcast over samples in place")
+    if base.shape[0] != A.shape[0]:
+        raise ValueError("sampled_lora_: base cannot broadcast over samples in place")
     select(x.device, _widest(x, base)).sampled_lora_(x, A, B, scaling, base)
 
 
@@ -315,22 +320,29 @@ def bayes_average_(state: AverageState, logits: Tensor) -> None:
 def _bayes_average_impl(
     log_sum: Tensor, m2: Tensor, votes: Tensor, entropy: Tensor, count: Tensor, logits: Tensor, group: int
 ) -> None:
-    _require(
-        logits.dim() == 3 and logits.shape[1:] == log_sum.shape and logits.dtype in _FLOATS,
-        f"bayes_average_: logits must be floating [S, {', '.join(map(str, log_sum.shape))}], got {logits.dtype} {list(logits.shape)}",
-    )
-    _require(
-        logits.device == log_sum.device, f"bayes_average_: logits are on {logits.device}, the state on {log_sum.device}"
-    )
-    _require(
-        group in (1, 2) and len(logits) % group == 0,
-        f"bayes_average_: {len(logits)} samples do not make whole antithetic pairs; stream an even number",
-    )
-    shapes = (log_sum.shape, m2.shape, votes.shape, (*entropy.shape, log_sum.shape[-1]))
-    _require(
-        len({tuple(shape) for shape in shapes}) == 1 and all(t.is_contiguous() for t in (log_sum, m2, votes, entropy)),
-        "bayes_average_: the state's tensors must be contiguous [B, C] and [B]; make them with swag_kernels.AverageState",
-    )
+    shape, dtype, device = log_sum.shape, log_sum.dtype, log_sum.device
+    if logits.dim() != 3 or logits.shape[1:] != shape or logits.dtype not in _FLOATS:
+        raise ValueError(
+            f"bayes_average_: logits must be floating [S, {', '.join(map(str, shape))}], "
+            f"got {logits.dtype} {list(logits.shape)}"
+        )
+    if logits.device != device:
+        raise ValueError(f"bayes_average_: logits are on {logits.device}, the state on {device}")
+    if group not in (1, 2) or len(logits) % group:
+        raise ValueError(
+            f"bayes_average_: {len(logits)} samples do not make whole antithetic pairs; stream an even number"
+        )
+    if not (
+        len(shape) == 2
+        and m2.shape == votes.shape == shape
+        and entropy.shape == shape[:1]
+        and dtype in (torch.float32, torch.float64)
+        and all(t.dtype == dtype and t.device == device and t.is_contiguous() for t in (log_sum, m2, votes, entropy))
+    ):
+        raise ValueError(
+            "bayes_average_: the state's tensors must be contiguous float32 [B, C] and [B] on one device; "
+            "make them with swag_kernels.AverageState"
+        )
     kernels = select(logits.device, _widest(logits, log_sum))
     kernels.bayes_average_(log_sum, m2, votes, entropy, count, logits, group)
 

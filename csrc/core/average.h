@@ -10,10 +10,10 @@ namespace swag::core {
 constexpr float minus_infinity = -__builtin_inff();
 constexpr float exp_underflow = -87.33654f;  // e^x is subnormal below
 
-// e^x for x <= 88; 0 below exp_underflow, NaN for NaN. x = n ln 2 + r with |r| <= ln(2)/2, then a polynomial in r (Cephes'
-// expf). Off by at most 1.1 units in the last place (tests/swag_kernels/test_bayes_average.py).
+// e^x for exp_underflow <= x <= 88, NaN for NaN. x = n ln 2 + r with |r| <= ln(2)/2, then a polynomial in r (Cephes' expf).
+// Off by at most 1.1 units in the last place (tests/swag_kernels/test_bayes_average.py).
 template <class U, class F>
-SWAG_HD F exp(F x) {
+SWAG_HD F exp_normal(F x) {
   const F shifted = muladd(x, F(0x1.715476p+0f), F(0x1.8p23f));  // the low bits of the mantissa are n
   const F n = shifted - F(0x1.8p23f);
   F r = muladd(n, F(-0x1.63p-1f), x);
@@ -25,8 +25,13 @@ SWAG_HD F exp(F x) {
   q = muladd(q, r, F(1.6666665459e-1f));
   q = muladd(q, r, F(0.5f));
   q = muladd(q * r, r, r) + F(1.0f);
-  const F power = from_bits((bits(shifted) << 23) + bits(F(1.0f)));
-  return select(x < F(exp_underflow), F(0.0f), q * power);
+  return q * from_bits((bits(shifted) << 23) + bits(F(1.0f)));
+}
+
+// e^x for x <= 88; 0 below exp_underflow.
+template <class U, class F>
+SWAG_HD F exp(F x) {
+  return select(x < F(exp_underflow), F(0.0f), exp_normal<U>(x));
 }
 
 // Natural logarithm of a positive normal number, NaN for NaN.
@@ -35,10 +40,10 @@ SWAG_HD F log(F x) {
   return select(x == x, log_unit<U>(x), x);
 }
 
-// A difference of logits or log-probabilities as a factor of something that may be zero: 0 (-inf) has to be 0.
+// A difference of logits that may be -inf, as a factor of its own exponential, which is 0.
 template <class F>
 SWAG_HD F bounded(F difference) {
-  return select(difference < F(exp_underflow), F(exp_underflow), difference);
+  return max(F(exp_underflow), difference);  // NaN stays NaN
 }
 
 // What a set of logits x contributes to the logarithm and the entropy of its softmax.
@@ -48,19 +53,23 @@ struct SoftmaxSums {
   float weighted = 0;  // Σ e^(x − max) (x − max)
 
   SWAG_HD float shift() const { return max == minus_infinity ? 0.0f : max; }  // so that −inf − shift is −inf
-  SWAG_HD float log_sum() const { return log<uint32_t>(sum); }
-  // −Σ p log p in nats; NaN if there was no finite logit.
-  SWAG_HD float entropy() const { return (max - max) + log_sum() - weighted / sum; }
 };
+
+// Entropy −Σ p log p in nats from the members of SoftmaxSums and log_sum = log(sum); NaN if there was no finite logit.
+template <class F>
+SWAG_HD F softmax_entropy(F max, F sum, F weighted, F log_sum) {
+  const F entropy = (max - max) + (log_sum - weighted / sum);
+  return select(entropy < F(1e-30f), F(0.0f), entropy);  // all that bounded() can have added
+}
 
 // The sums of the union of two sets: each one is brought to the common maximum.
 SWAG_HD SoftmaxSums merge(const SoftmaxSums& a, const SoftmaxSums& b) {
   SoftmaxSums all;
   all.max = a.max > b.max ? a.max : b.max;
-  const float da = a.max - all.shift(), db = b.max - all.shift();
-  const float ea = exp<uint32_t>(da), eb = exp<uint32_t>(db);
+  const float da = bounded(a.max - all.shift()), db = bounded(b.max - all.shift());
+  const float ea = exp_normal<uint32_t>(da), eb = exp_normal<uint32_t>(db);
   all.sum = muladd(ea, a.sum, eb * b.sum);
-  all.weighted = muladd(ea, muladd(bounded(da), a.sum, a.weighted), eb * muladd(bounded(db), b.sum, b.weighted));
+  all.weighted = muladd(ea, muladd(da, a.sum, a.weighted), eb * muladd(db, b.sum, b.weighted));
   return all;
 }
 

@@ -23,6 +23,7 @@ SWAG_HD float muladd(float a, float b, float c) { return a * b + c; }
 #endif
 SWAG_HD float sqrt(float a) { return __builtin_sqrtf(a); }
 SWAG_HD float min(float a, float b) { return a < b ? a : b; }
+SWAG_HD float max(float a, float b) { return a > b ? a : b; }
 SWAG_HD float select(bool m, float a, float b) { return m ? a : b; }
 
 SWAG_HD uint32_t bits(float a) {

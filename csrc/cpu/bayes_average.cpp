@@ -18,13 +18,19 @@ namespace {
 constexpr int64_t kWidth = f32::width;
 constexpr int64_t kBlock = 128 * kWidth;  // classes read for their maximum and again for the sums while in the cache
 constexpr int64_t kTileFloats = 8192;  // log-probabilities of all samples for one tile of classes
+constexpr int64_t kRun = kWidth;  // terms added up before they join the total: long chains of additions gather rounding errors
+constexpr int64_t worth_threads = 1 << 13;
 
-// One sample's row.
-struct Row {
-  float shift;    // its largest logit
-  float log_sum;  // log Σ e^(x − shift): the log-probability of x is (x − shift) − log_sum
-  float entropy;
-  int64_t argmax;
+// What the first touch leaves of each row, by sample: the log-probability of x is (x - shift) - log_sum.
+struct Rows {
+  explicit Rows(int64_t samples) : floats(3 * (samples + kWidth)), argmax(samples), stride(samples + kWidth) {}
+  float* shift() const { return floats.get(); }  // the largest logit
+  float* log_sum() const { return floats.get() + stride; }
+  float* entropy() const { return floats.get() + 2 * stride; }
+
+  Scratch<float> floats;
+  Scratch<int64_t> argmax;
+  int64_t stride;
 };
 
 // Lanes that do not exist read as logits of −inf.
@@ -34,47 +40,84 @@ SWAG_INLINE f32 load_logits(const T* p, int64_t n) {
 }
 
 template <class T>
-core::SoftmaxSums block_sums(const T* x, int64_t n) {
+float largest_of(const T* x, int64_t n) {
   f32 largest(core::minus_infinity);
   for (int64_t i = 0; i < n; i += kWidth) largest = max(load_logits(x + i, n - i), largest);
+  return maximum(largest);
+}
+
+template <class T>
+core::SoftmaxSums sums_of(const T* x, int64_t n, float largest) {
   core::SoftmaxSums sums;
-  sums.max = maximum(largest);
+  sums.max = largest;
   f32 total(0.0f), weighted(0.0f);
-  for (int64_t i = 0; i < n; i += kWidth) {
-    const f32 d = load_logits(x + i, n - i) - f32(sums.shift());
-    const f32 e = core::exp<u32>(d);
-    total = total + e;
-    weighted = muladd(e, core::bounded(d), weighted);
+  for (int64_t i = 0; i < n;) {
+    f32 run_total(0.0f), run_weighted(0.0f);
+    for (const int64_t end = std::min(n, i + kRun * kWidth); i < end; i += kWidth) {
+      const f32 d = core::bounded(load_logits(x + i, n - i) - f32(sums.shift()));
+      const f32 e = core::exp_normal<u32>(d);
+      run_total = run_total + e;
+      run_weighted = muladd(e, d, run_weighted);
+    }
+    total = total + run_total;
+    weighted = weighted + run_weighted;
   }
   sums.sum = sum(total);
   sums.weighted = sum(weighted);
   return sums;
 }
 
+// First index of the value among the n <= kBlock logits; kBlock if it is none of them.
 template <class T>
 int64_t index_of(const T* x, int64_t n, float value) {
+  float lanes[kWidth];
+  for (int lane = 0; lane < kWidth; ++lane) lanes[lane] = static_cast<float>(lane);
+  f32 index = load(lanes), first(static_cast<float>(kBlock));
   for (int64_t i = 0; i < n; i += kWidth) {
-    float lanes[kWidth];
-    store(lanes, load_logits(x + i, n - i));
-    for (int64_t lane = 0; lane < kWidth; ++lane)
-      if (lanes[lane] == value) return i + lane;
+    first = min(first, select(load_logits(x + i, n - i) == f32(value), index, first));
+    index = index + f32(static_cast<float>(kWidth));
   }
-  return 0;
+  return static_cast<int64_t>(-maximum(-first));
 }
 
+// First touch of the rows from x on, `stride` apart, as samples s0 to s1. log_sum and entropy hold the sum and the weighted
+// sum until finish().
 template <class T>
-Row scan(const T* x, int64_t classes) {
-  core::SoftmaxSums sums;
-  int64_t best = 0;
-  for (int64_t c = 0; c < classes; c += kBlock) {
-    const core::SoftmaxSums block = block_sums(x + c, std::min(kBlock, classes - c));
-    if (block.max > sums.max) best = c;
-    sums = c == 0 ? block : core::merge(sums, block);
+void scan(const T* x, int64_t stride, int64_t classes, const Rows& rows, int64_t s0, int64_t s1) {
+  // Without a largest logit, or with a NaN, all log-probabilities are NaN, of which class 0 is the first.
+  const auto put = [&](int64_t s, const core::SoftmaxSums& sums, const T* block, int64_t c) {
+    rows.shift()[s] = sums.max;
+    rows.log_sum()[s] = sums.sum;
+    rows.entropy()[s] = sums.weighted;
+    const bool defined = sums.sum == sums.sum && sums.max > core::minus_infinity;
+    rows.argmax[s] = defined ? c + index_of(block, std::min(kBlock, classes - c), sums.max) : 0;
+  };
+  if (classes <= kBlock) {  // one step for all rows before the next, as a short row leaves the processor waiting between steps
+    for (int64_t s = s0; s < s1; ++s) rows.shift()[s] = largest_of(x + (s - s0) * stride, classes);
+    for (int64_t s = s0; s < s1; ++s) put(s, sums_of(x + (s - s0) * stride, classes, rows.shift()[s]), x + (s - s0) * stride, 0);
+    return;
   }
-  // Without a largest logit, or with a NaN, there is no argmax: all log-probabilities are NaN, of which 0 is the first.
-  const bool defined = sums.sum == sums.sum && sums.max > core::minus_infinity;
-  const int64_t argmax = defined ? best + index_of(x + best, std::min(kBlock, classes - best), sums.max) : 0;
-  return {sums.max, sums.log_sum(), sums.entropy(), argmax};
+  for (int64_t s = s0; s < s1; ++s, x += stride) {
+    core::SoftmaxSums sums;
+    int64_t best = 0;
+    for (int64_t c = 0; c < classes; c += kBlock) {
+      const int64_t n = std::min(kBlock, classes - c);
+      const core::SoftmaxSums block = sums_of(x + c, n, largest_of(x + c, n));
+      if (block.max > sums.max) best = c;
+      sums = c == 0 ? block : core::merge(sums, block);
+    }
+    put(s, sums, x + best, best);
+  }
+}
+
+void finish(const Rows& rows, int64_t begin, int64_t end) {
+  for (int64_t s = begin; s < end; s += kWidth) {
+    const int64_t n = std::min(kWidth, end - s);
+    const f32 sum = load(rows.log_sum() + s, n), log_sum = core::log<u32>(sum);
+    const f32 entropy = core::softmax_entropy(load(rows.shift() + s, n), sum, load(rows.entropy() + s, n), log_sum);
+    store(rows.log_sum() + s, log_sum, n);
+    store(rows.entropy() + s, entropy, n);
+  }
 }
 
 // What all rows share.
@@ -89,14 +132,13 @@ struct Weights {
   }
 };
 
-// Sum over the samples of term(s), in runs that keep the chains of additions short.
+// Sum over the samples of term(s).
 template <class Term>
 SWAG_INLINE f32 sum_samples(int64_t samples, int64_t step, const Term& term) {
-  constexpr int64_t run = 32;
   f32 total(0.0f);
   for (int64_t s = 0; s < samples;) {
     f32 part(0.0f);
-    for (const int64_t end = std::min(samples, s + run); s < end; s += step) part = part + term(s);
+    for (const int64_t end = std::min(samples, s + kRun); s < end; s += step) part = part + term(s);
     total = total + part;
   }
   return total;
@@ -141,23 +183,25 @@ int64_t tile_classes(int64_t samples) {
   return std::min<int64_t>(std::max(kTileFloats / samples / kWidth, int64_t{1}), 32) * kWidth;
 }
 
-// Classes c0 to c1 of batch row b.
+// Classes c0 to c1 of batch row b, whose samples are the rows from `first` on.
 template <class T>
-void add_classes(const BayesAverageArgs& a, const Weights& w, const Row* rows, int64_t b, int64_t c0, int64_t c1, float* lp,
-                 float* largest) {
+void add_classes(const BayesAverageArgs& a, const Weights& w, const Rows& rows, int64_t first, int64_t b, int64_t c0, int64_t c1,
+                 float* lp, float* largest) {
   const int64_t tile = tile_classes(a.samples), ld = tile + kWidth;
   for (int64_t c = c0; c < c1; c += tile) {
     const int64_t n = std::min(tile, c1 - c);
     for (int64_t i = 0; i < n; i += kWidth) store(largest + i, f32(core::minus_infinity));
     for (int64_t s = 0; s < a.samples; ++s) {
       const T* x = static_cast<const T*>(a.logits) + (s * a.batch + b) * a.classes + c;
-      const f32 shift(rows[s].shift), log_sum(rows[s].log_sum);
+      const f32 shift(rows.shift()[first + s]), log_sum(rows.log_sum()[first + s]);
       for (int64_t i = 0; i < n; i += kWidth) {
+        __builtin_prefetch(x + i + tile, 0, 2);  // the runs are too short for the hardware to see
         const f32 l = load_logits(x + i, n - i) - shift - log_sum;
         store(lp + s * ld + i, l);
         store(largest + i, max(l, load(largest + i)));
       }
-      if (rows[s].argmax >= c && rows[s].argmax < c + n) a.votes[b * a.classes + rows[s].argmax] += 1.0f;
+      const int64_t argmax = rows.argmax[first + s];
+      if (argmax >= c && argmax < c + n) a.votes[b * a.classes + argmax] += 1.0f;
     }
     float* log_sum = a.log_sum + b * a.classes + c;
     float* m2 = a.m2 + b * a.classes + c;
@@ -165,10 +209,10 @@ void add_classes(const BayesAverageArgs& a, const Weights& w, const Row* rows, i
   }
 }
 
-void add_entropy(const BayesAverageArgs& a, const Row* rows, int64_t b) {
+void add_entropy(const BayesAverageArgs& a, const Rows& rows, int64_t first, int64_t b) {
   const double before = a.entropy[b];
   double change = 0;
-  for (int64_t s = 0; s < a.samples; ++s) change += rows[s].entropy - before;
+  for (int64_t s = 0; s < a.samples; ++s) change += rows.entropy()[first + s] - before;
   a.entropy[b] = static_cast<float>(before + change / static_cast<double>(a.count + a.samples));
 }
 
@@ -178,36 +222,39 @@ void run(const BayesAverageArgs& a) {
   const T* logits = static_cast<const T*>(a.logits);
   const int64_t tile = tile_classes(a.samples);
   const int64_t lp_floats = a.samples * (tile + kWidth);
-  const int threads = a.samples * a.batch * a.classes < 1 << 13 ? 1 : a.threads;
+  const int threads = a.samples * a.batch * a.classes < worth_threads ? 1 : a.threads;
   if (a.batch >= 4 * threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
       const Scratch<float> lp(lp_floats), largest(tile);
-      const Scratch<Row> rows(a.samples);
+      const Rows rows(a.samples);
 #pragma omp for schedule(dynamic)
       for (int64_t b = 0; b < a.batch; ++b) {
-        for (int64_t s = 0; s < a.samples; ++s) rows[s] = scan(logits + (s * a.batch + b) * a.classes, a.classes);
-        add_classes<T>(a, w, rows.get(), b, 0, a.classes, lp.get(), largest.get());
-        add_entropy(a, rows.get(), b);
+        scan(logits + b * a.classes, a.batch * a.classes, a.classes, rows, 0, a.samples);
+        finish(rows, 0, a.samples);
+        add_classes<T>(a, w, rows, 0, b, 0, a.classes, lp.get(), largest.get());
+        add_entropy(a, rows, 0, b);
       }
     }
     return;
   }
   const int64_t part = 8 * tile, parts = (a.classes + part - 1) / part;
-  const Scratch<Row> rows(a.batch * a.samples);
+  const Rows rows(a.batch * a.samples);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const Scratch<float> lp(lp_floats), largest(tile);
 #pragma omp for schedule(dynamic)
     for (int64_t row = 0; row < a.batch * a.samples; ++row) {
       const int64_t b = row / a.samples, s = row % a.samples;
-      rows[row] = scan(logits + (s * a.batch + b) * a.classes, a.classes);
+      scan(logits + (s * a.batch + b) * a.classes, a.classes, a.classes, rows, row, row + 1);
     }
+#pragma omp single
+    finish(rows, 0, a.batch * a.samples);
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < a.batch * parts; ++task) {
       const int64_t b = task / parts, c = task % parts * part;
-      add_classes<T>(a, w, rows.get() + b * a.samples, b, c, std::min(a.classes, c + part), lp.get(), largest.get());
-      if (c == 0) add_entropy(a, rows.get() + b * a.samples, b);
+      add_classes<T>(a, w, rows, b * a.samples, b, c, std::min(a.classes, c + part), lp.get(), largest.get());
+      if (c == 0) add_entropy(a, rows, b * a.samples, b);
     }
   }
 }

@@ -45,25 +45,27 @@ SWAG_INLINE void normals(u32 quad, uint32_t sample, uint32_t tensor, uint32_t st
   }
 }
 
-// The counters that the requested samples need: with antithetic pairs, one for two samples.
-struct Counters {
+// The draws that the requested samples need, one for each counter word: with antithetic pairs, one for two samples.
+struct Draws {
   uint32_t first;
   int64_t number;
-  explicit Counters(const DrawArgs& a)
-      : first(a.antithetic ? a.first_sample / 2 : a.first_sample),
-        number(a.antithetic ? (int64_t{a.first_sample} + a.num_samples + 1) / 2 - a.first_sample / 2 : a.num_samples) {}
-};
+  int64_t stride;
+  Scratch<float> z;  // [number, stride], times low_rank_scale
 
-// z [counters, stride], scaled.
-void low_rank_normals(const DrawArgs& a, const Counters& counters, int64_t stride, float* z) {
-  for (int64_t k = 0; k < counters.number; ++k)
-    for (int64_t r = 0; r < a.rank; r += kTile) {
-      f32 n[1][4];
-      normals<1>(u32(static_cast<uint32_t>(r / 4)) + quad_index(), counters.first + static_cast<uint32_t>(k), 0, core::stream_z,
-                 a.seed, n);
-      for (int j = 0; j < 4; ++j) store(z + k * stride + r + j * kWidth, n[0][j] * f32(a.low_rank_scale));
-    }
-}
+  explicit Draws(const DrawArgs& a)
+      : first(a.antithetic ? a.first_sample / 2 : a.first_sample),
+        number(a.antithetic ? (int64_t{a.first_sample} + a.num_samples + 1) / 2 - first : a.num_samples),
+        stride((a.rank + kTile - 1) / kTile * kTile),
+        z(number * stride) {
+    for (int64_t k = 0; k < number; ++k)
+      for (int64_t r = 0; r < a.rank; r += kTile) {
+        f32 n[1][4];
+        normals<1>(u32(static_cast<uint32_t>(r / 4)) + quad_index(), sample(k), 0, core::stream_z, a.seed, n);
+        for (int j = 0; j < 4; ++j) store(&z[k * stride + r + j * kWidth], n[0][j] * f32(a.low_rank_scale));
+      }
+  }
+  uint32_t sample(int64_t k) const { return first + static_cast<uint32_t>(k); }
+};
 
 template <class T, bool kStream>
 SWAG_INLINE void put(T* p, f32 v) {
@@ -73,34 +75,35 @@ SWAG_INLINE void put(T* p, f32 v) {
     store(p, v);
 }
 
-// One vector of quads of one tensor: elements [begin, begin + kTile) of the arena, of which those from `end` on are padding.
-struct Place {
+// What all samples share at one vector of quads: elements [begin, begin + kTile), of which those from `end` on are padding.
+struct Tile {
   int64_t begin, end;
   u32 quad;
   uint32_t tensor;
+  f32 mean[4], std[4];
+  const float* deviations;  // [rank, kTile]
 };
 
-// The draws k to k + kDraws - 1 at one place. Several at once share the loads of the deviations and hide the latency of fma.
+// Draws k to k + kDraws - 1 at one tile. Several at once share the loads of the deviations and hide the latency of fma.
 template <class T, bool kStream, int kDraws>
-SWAG_INLINE void draw_tile(const DrawArgs& a, const Counters& counters, const Place& at, const f32 (&mean)[4],
-                           const f32 (&std)[4], const float* tile, const float* z, int64_t z_stride, int64_t k) {
+SWAG_INLINE void draw_some(const DrawArgs& a, const Draws& draws, const Tile& tile, int64_t k) {
   f32 d[kDraws][4];
-  normals<kDraws>(at.quad, counters.first + static_cast<uint32_t>(k), at.tensor, core::stream_eps, a.seed, d);
+  normals<kDraws>(tile.quad, draws.sample(k), tile.tensor, core::stream_eps, a.seed, d);
   for (int p = 0; p < kDraws; ++p)
-    for (int j = 0; j < 4; ++j) d[p][j] = d[p][j] * std[j];
+    for (int j = 0; j < 4; ++j) d[p][j] = d[p][j] * tile.std[j];
   for (int64_t r = 0; r < a.rank; ++r)
     for (int j = 0; j < 4; ++j) {
-      const f32 column = load(tile + r * kTile + j * kWidth);
-      for (int p = 0; p < kDraws; ++p) d[p][j] = fma(f32(z[(k + p) * z_stride + r]), column, d[p][j]);
+      const f32 column = load(tile.deviations + r * kTile + j * kWidth);
+      for (int p = 0; p < kDraws; ++p) d[p][j] = fma(f32(draws.z[(k + p) * draws.stride + r]), column, d[p][j]);
     }
 
-  const bool partial = at.begin + kTile > at.end;
+  const bool partial = tile.begin + kTile > tile.end;
   const auto emit = [&](int64_t row, const f32(&delta)[4], bool negative) {
-    T* const out = static_cast<T*>(a.out) + row * a.size + at.begin;
+    T* const out = static_cast<T*>(a.out) + row * a.size + tile.begin;
     for (int j = 0; j < 4; ++j) {
-      f32 w = negative ? mean[j] - delta[j] : mean[j] + delta[j];
+      f32 w = negative ? tile.mean[j] - delta[j] : tile.mean[j] + delta[j];
       if (partial) {
-        const int64_t left = at.end - at.begin - j * kWidth;
+        const int64_t left = tile.end - tile.begin - j * kWidth;
         w = select(first(left < 0 ? 0 : left < kWidth ? left : kWidth), w, f32(0.0f));
       }
       put<T, kStream>(out + j * kWidth, w);
@@ -117,51 +120,60 @@ SWAG_INLINE void draw_tile(const DrawArgs& a, const Counters& counters, const Pl
   }
 }
 
-// All samples at one place; tile is scratch for [rank, kTile].
+// All samples of elements [begin, begin + kTile) of segment t; scratch holds [rank, kTile].
 template <class T, bool kStream>
-void draw_place(const DrawArgs& a, const Counters& counters, const float* z, int64_t z_stride, float* tile, const Place& at) {
-  f32 mean[4], std[4];
+void draw_tile(const DrawArgs& a, const Draws& draws, int64_t t, int64_t begin, float* scratch) {
+  const Segment& segment = a.layout[t];
+  const auto quad = static_cast<uint32_t>((segment.first + begin - segment.offset) / 4);
+  Tile tile;
+  tile.begin = begin;
+  tile.end = segment.offset + segment.numel;
+  tile.quad = u32(quad) + quad_index();
+  tile.tensor = static_cast<uint32_t>(t);
+  tile.deviations = scratch;
   for (int j = 0; j < 4; ++j) {
-    mean[j] = load(a.mean + at.begin + j * kWidth);
-    std[j] = load(a.std + at.begin + j * kWidth) * f32(a.diag_scale);
+    tile.mean[j] = load(a.mean + begin + j * kWidth);
+    tile.std[j] = load(a.std + begin + j * kWidth) * f32(a.diag_scale);
   }
   // Copied because rows a power of two apart would evict each other from the cache.
   for (int64_t r = 0; r < a.rank; ++r)
-    for (int j = 0; j < 4; ++j) {
-      const float* const row = a.deviations + r * a.size + at.begin + j * kWidth;
-      store(tile + r * kTile + j * kWidth, load(row));
-      __builtin_prefetch(row + kTile);
-    }
-  int64_t k = 0;
-  for (; k + kDrawsAtOnce <= counters.number; k += kDrawsAtOnce)
-    draw_tile<T, kStream, kDrawsAtOnce>(a, counters, at, mean, std, tile, z, z_stride, k);
-  for (; k < counters.number; ++k) draw_tile<T, kStream, 1>(a, counters, at, mean, std, tile, z, z_stride, k);
-}
+    for (int j = 0; j < 4; ++j) store(scratch + r * kTile + j * kWidth, load(a.deviations + r * a.size + begin + j * kWidth));
 
-template <class T, bool kStream>
-void draw_block(const DrawArgs& a, const Counters& counters, const float* z, int64_t z_stride, float* tile, int64_t begin) {
-  const int64_t t = segment_at(a.layout, a.num_tensors, begin);
-  const int64_t end = t < 0 ? begin : a.layout[t].offset + a.layout[t].numel;
-  for (int64_t i = begin; i < begin + kBlock; i += kTile) {
-    if (i < end) {
-      const auto quad = static_cast<uint32_t>((a.layout[t].first + i - a.layout[t].offset) / 4);
-      draw_place<T, kStream>(a, counters, z, z_stride, tile, {i, end, u32(quad) + quad_index(), static_cast<uint32_t>(t)});
-    } else {
-      for (int64_t row = 0; row < a.num_samples; ++row)
-        for (int j = 0; j < 4; ++j) put<T, kStream>(static_cast<T*>(a.out) + row * a.size + i + j * kWidth, f32(0.0f));
-    }
+  int64_t fetched = 0;
+  const auto fetch_next_tile = [&](int64_t k) {  // a few rows with each draw, because all at once would fill the miss queue
+    for (; fetched < a.rank * k / draws.number; ++fetched)
+      for (int j = 0; j < 4; ++j) __builtin_prefetch(a.deviations + fetched * a.size + begin + kTile + j * kWidth);
+  };
+  int64_t k = 0;
+  for (; k + kDrawsAtOnce <= draws.number; k += kDrawsAtOnce) {
+    fetch_next_tile(k + kDrawsAtOnce);
+    draw_some<T, kStream, kDrawsAtOnce>(a, draws, tile, k);
+  }
+  for (; k < draws.number; ++k) {
+    fetch_next_tile(k + 1);
+    draw_some<T, kStream, 1>(a, draws, tile, k);
   }
 }
 
 template <class T, bool kStream>
-void draw_blocks(const DrawArgs& a, const Counters& counters, const float* z, int64_t z_stride) {
+void draw_block(const DrawArgs& a, const Draws& draws, int64_t begin, float* scratch) {
+  const int64_t t = segment_at(a.layout, a.num_tensors, begin);
+  const int64_t end = t < 0 ? begin : a.layout[t].offset + a.layout[t].numel;
+  int64_t i = begin;
+  for (; i < begin + kBlock && i < end; i += kTile) draw_tile<T, kStream>(a, draws, t, i, scratch);
+  for (; i < begin + kBlock; i += kWidth)
+    for (int64_t row = 0; row < a.num_samples; ++row) put<T, kStream>(static_cast<T*>(a.out) + row * a.size + i, f32(0.0f));
+}
+
+template <class T, bool kStream>
+void draw_blocks(const DrawArgs& a) {
+  const Draws draws(a);
   const int64_t blocks = a.size / kBlock;
-  const Scratch<float> tiles(a.threads * a.rank * kTile);
+  const Scratch<float> scratch(a.threads * a.rank * kTile);
 #pragma omp parallel for num_threads(a.threads) schedule(static)
   for (int piece = 0; piece < a.threads; ++piece) {
-    float* const tile = tiles.get() + piece * a.rank * kTile;
     for (int64_t block = blocks * piece / a.threads; block < blocks * (piece + 1) / a.threads; ++block)
-      draw_block<T, kStream>(a, counters, z, z_stride, tile, block * kBlock);
+      draw_block<T, kStream>(a, draws, block * kBlock, &scratch[piece * a.rank * kTile]);
     if constexpr (kStream) fence();
   }
 }
@@ -178,16 +190,12 @@ void use_huge_pages([[maybe_unused]] void* out, [[maybe_unused]] int64_t bytes) 
 
 template <class T>
 void draw_as(const DrawArgs& a) {
-  const Counters counters(a);
-  const int64_t z_stride = (a.rank + kTile - 1) / kTile * kTile;
-  const Scratch<float> z(counters.number * z_stride);
-  low_rank_normals(a, counters, z_stride, z.get());
   const int64_t bytes = a.num_samples * a.size * static_cast<int64_t>(sizeof(T));
   if (bytes >= kLargeOutput && reinterpret_cast<uintptr_t>(a.out) % 64 == 0) {
     use_huge_pages(a.out, bytes);
-    draw_blocks<T, true>(a, counters, z.get(), z_stride);
+    draw_blocks<T, true>(a);
   } else {
-    draw_blocks<T, false>(a, counters, z.get(), z_stride);
+    draw_blocks<T, false>(a);
   }
 }
 

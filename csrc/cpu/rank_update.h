@@ -21,34 +21,62 @@ constexpr int update_vectors = 2;
 constexpr int update_rows = 6;
 
 // Coefficient (m, k) is at data[m row + k step].
+template <class E>
 struct Coefficients {
-  const float* data;
+  const E* data;
   int64_t row;
   int64_t step;
 };
 
+// One step along the depth, for panels of elements E.
+template <class E>
+struct Outer;
+template <>
+struct Outer<float> {
+  using vector = f32;
+  static SWAG_INLINE vector read(const float* p) { return load(p); }
+  static SWAG_INLINE vector broadcast(const float* p) { return f32(*p); }
+  static SWAG_INLINE f32 add(vector c, vector p, f32 sum) { return muladd(c, p, sum); }
+};
+
+#ifdef __AVX512BF16__
+// Two bfloat16 of consecutive depth, the lower one first.
+struct Pair {
+  uint32_t bits;
+};
+template <>
+struct Outer<Pair> {
+  using vector = __m512i;
+  static SWAG_INLINE vector read(const Pair* p) { return _mm512_loadu_si512(p); }
+  static SWAG_INLINE vector broadcast(const Pair* p) { return _mm512_set1_epi32(static_cast<int>(p->bits)); }
+  static SWAG_INLINE f32 add(vector c, vector p, f32 sum) {
+    return _mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(c), reinterpret_cast<__m512bh>(p));
+  }
+};
+#endif
+
 // Longest chain of additions: longer sums are cut, as their rounding errors would grow; sooner where products round too.
 constexpr int64_t update_depth = f32::width > 4 ? 64 : 16;
 
-template <int MR, int NV>
-SWAG_INLINE void multiply_tile(const float* data, Coefficients c, const float* panel, int64_t ld, int64_t depth,
+template <int MR, int NV, class E>
+SWAG_INLINE void multiply_tile(const E* data, Coefficients<E> c, const E* panel, int64_t ld, int64_t depth,
                                f32 (&acc)[MR][NV]) {
   SWAG_UNROLL for (int i = 0; i < MR; ++i)
     SWAG_UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = f32(0.0f);
   for (int64_t k = 0; k < depth; ++k) {
-    f32 p[NV];
-    SWAG_UNROLL for (int v = 0; v < NV; ++v) p[v] = load(panel + k * ld + v * f32::width);
+    typename Outer<E>::vector p[NV];
+    SWAG_UNROLL for (int v = 0; v < NV; ++v) p[v] = Outer<E>::read(panel + k * ld + v * f32::width);
     SWAG_UNROLL for (int i = 0; i < MR; ++i) {
-      const f32 h(data[i * c.row + k * c.step]);
-      SWAG_UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = muladd(h, p[v], acc[i][v]);
+      const typename Outer<E>::vector h = Outer<E>::broadcast(data + i * c.row + k * c.step);
+      SWAG_UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = Outer<E>::add(h, p[v], acc[i][v]);
     }
   }
 }
 
-template <int MR, int NV, bool Long, class Epilogue>
-SWAG_INLINE void update_tile(Coefficients c, int64_t m, const float* panel, int64_t ld, int64_t n, int64_t columns,
+template <int MR, int NV, bool Long, class E, class Epilogue>
+SWAG_INLINE void update_tile(Coefficients<E> c, int64_t m, const E* panel, int64_t ld, int64_t n, int64_t columns,
                              int64_t depth, const Epilogue& epilogue) {
-  const float* data = c.data + m * c.row;
+  const E* data = c.data + m * c.row;
   f32 sums[MR][NV];
   multiply_tile(data, c, panel + n, ld, Long ? update_depth : depth, sums);
   for (int64_t k = update_depth; Long && k < depth; k += update_depth) {
@@ -62,8 +90,8 @@ SWAG_INLINE void update_tile(Coefficients c, int64_t m, const float* panel, int6
       epilogue(m + i, n + v * f32::width, sums[i][v], std::min<int64_t>(f32::width, columns - n - v * f32::width));
 }
 
-template <int MR, bool Long, class Epilogue>
-void update_columns(Coefficients c, int64_t m, const float* panel, int64_t ld, int64_t columns, int64_t depth,
+template <int MR, bool Long, class E, class Epilogue>
+void update_columns(Coefficients<E> c, int64_t m, const E* panel, int64_t ld, int64_t columns, int64_t depth,
                     const Epilogue& epilogue) {
   constexpr int W = f32::width;
   int64_t n = 0;
@@ -72,8 +100,8 @@ void update_columns(Coefficients c, int64_t m, const float* panel, int64_t ld, i
   for (; n < columns; n += W) update_tile<MR, 1, Long>(c, m, panel, ld, n, columns, depth, epilogue);
 }
 
-template <int MR, class Epilogue>
-void update_rows_of(Coefficients c, int64_t m, const float* panel, int64_t ld, int64_t columns, int64_t depth,
+template <int MR, class E, class Epilogue>
+void update_rows_of(Coefficients<E> c, int64_t m, const E* panel, int64_t ld, int64_t columns, int64_t depth,
                     const Epilogue& epilogue) {
   if (depth > update_depth)
     update_columns<MR, true>(c, m, panel, ld, columns, depth, epilogue);
@@ -83,8 +111,8 @@ void update_rows_of(Coefficients c, int64_t m, const float* panel, int64_t ld, i
 
 // Calls epilogue(m, n, sums, count) with Σ_k c(m, k) panel[k, n + lane] for every row m and every vector of columns, of
 // which the first `count` lanes exist. The panel is readable up to a multiple of `width` columns.
-template <class Epilogue>
-void rank_update(Coefficients c, int64_t rows, const float* panel, int64_t ld, int64_t columns, int64_t depth,
+template <class E, class Epilogue>
+void rank_update(Coefficients<E> c, int64_t rows, const E* panel, int64_t ld, int64_t columns, int64_t depth,
                  const Epilogue& epilogue) {
   int64_t m = 0;
   for (; m + update_rows <= rows; m += update_rows) update_rows_of<update_rows>(c, m, panel, ld, columns, depth, epilogue);

@@ -64,25 +64,63 @@ void shrink(const SampledLoraArgs& a, int64_t s, int64_t m0, int64_t m1, int64_t
   });
 }
 
-// y[rows m0 to m1, columns n0 to n1] of sample s from its h, which starts at row m0.
-void expand(const SampledLoraArgs& a, int64_t s, int64_t m0, int64_t m1, int64_t n0, int64_t n1, const float* h,
-            float* panel) {
-  const int64_t columns = panel_columns(a.rank);
-  for (int64_t n = n0; n < n1; n += columns) {
-    const int64_t count = std::min(columns, n1 - n);
-    const int64_t ld = panel_ld(count);
-    with_type(a.dtype, [&](auto t) {
-      using T = decltype(t);
-      pack_transposed(at<T>(a.B, s * a.stride_B + n * a.rank), count, a.rank, panel, ld);
-    });
-    with_type(a.base_dtype, [&](auto t) {
-      using Y = decltype(t);
-      const int64_t first = m0 * a.out + n;
-      const AddToBase<Y> epilogue{at<Y>(a.base, s * a.stride_base + first),
-                                  static_cast<Y*>(a.y) + s * a.rows * a.out + first, a.out, f32(a.scaling)};
-      rank_update({h, a.rank, 1}, m1 - m0, panel, ld, count, a.rank, epilogue);
-    });
+// What expand() multiplies: h and a panel of B in float32, or where bfloat16 products add up in float32 in one instruction
+// and the result is rounded to bfloat16 anyway, both in bfloat16.
+template <class T, class Y>
+struct Operands {
+  using element = float;
+  static constexpr int64_t per_element = 1;
+  static const float* coefficients(const float* h, int64_t, int64_t, float*) { return h; }
+};
+#ifdef __AVX512BF16__
+template <>
+struct Operands<bfloat16, bfloat16> {
+  using element = Pair;
+  static constexpr int64_t per_element = 2;
+  static const Pair* coefficients(const float* h, int64_t rows, int64_t rank, Pair* rounded) {
+    const int64_t depth = ceil_div(rank, 2);
+    for (int64_t m = 0; m < rows; ++m) {
+      bfloat16* out = reinterpret_cast<bfloat16*>(rounded + m * depth);
+      if (rank % 2) __builtin_memset(out + rank, 0, sizeof *out);
+      for (int64_t j = 0; j < rank; j += f32::width) {
+        const int64_t n = std::min<int64_t>(f32::width, rank - j);
+        store(out + j, load(h + m * rank + j, n), n);
+      }
+    }
+    return rounded;
   }
+};
+#endif
+
+// y[rows m0 to m1, columns n0 to n1] of sample s from its h, which starts at row m0.
+template <class T, class Y>
+void expand_as(const SampledLoraArgs& a, int64_t s, int64_t m0, int64_t m1, int64_t n0, int64_t n1, const float* h,
+               float* scratch) {
+  using E = typename Operands<T, Y>::element;
+  static_assert(sizeof(E) == sizeof(float));
+  const int64_t depth = ceil_div(a.rank, Operands<T, Y>::per_element), columns = panel_columns(depth);
+  E* panel = reinterpret_cast<E*>(scratch);
+  const E* coefficients = Operands<T, Y>::coefficients(h, m1 - m0, a.rank, panel + panel_size(depth));
+  for (int64_t n = n0; n < n1; n += columns) {
+    const int64_t count = std::min(columns, n1 - n), ld = panel_ld(count);
+    pack_transposed(at<T>(a.B, s * a.stride_B + n * a.rank), count, a.rank, panel, ld);
+    const int64_t first = m0 * a.out + n;
+    const AddToBase<Y> epilogue{at<Y>(a.base, s * a.stride_base + first), static_cast<Y*>(a.y) + s * a.rows * a.out + first,
+                                a.out, f32(a.scaling)};
+    rank_update<E>({coefficients, depth, 1}, m1 - m0, panel, ld, count, depth, epilogue);
+  }
+}
+
+void expand(const SampledLoraArgs& a, int64_t s, int64_t m0, int64_t m1, int64_t n0, int64_t n1, const float* h,
+            float* scratch) {
+  with_type(a.dtype, [&](auto t) {
+    with_type(a.base_dtype, [&](auto y) { expand_as<decltype(t), decltype(y)>(a, s, m0, m1, n0, n1, h, scratch); });
+  });
+}
+
+// Floats that expand() needs for a block of rows.
+int64_t expand_scratch(int64_t rank, int64_t rows) {
+  return std::max(panel_size(rank), panel_size(ceil_div(rank, 2)) + rows * ceil_div(rank, 2));
 }
 
 }  // namespace
@@ -95,12 +133,12 @@ void sampled_lora(const SampledLoraArgs& a) {
   if (a.samples * blocks >= 4 * threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-      const Scratch<float> h(block * a.rank), panel(panel_size(a.rank));
-#pragma omp for schedule(dynamic)
+      const Scratch<float> h(block * a.rank), scratch(expand_scratch(a.rank, block));
+#pragma omp for schedule(static)
       for (int64_t task = 0; task < a.samples * blocks; ++task) {
         const int64_t s = task / blocks, m0 = task % blocks * block, m1 = std::min(a.rows, m0 + block);
         shrink(a, s, m0, m1, 0, a.rank, h.get());
-        expand(a, s, m0, m1, 0, a.out, h.get(), panel.get());
+        expand(a, s, m0, m1, 0, a.out, h.get(), scratch.get());
       }
     }
     return;
@@ -113,20 +151,20 @@ void sampled_lora(const SampledLoraArgs& a) {
   const Scratch<float> h(a.samples * a.rows * a.rank);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    const Scratch<float> panel(panel_size(a.rank));
-#pragma omp for schedule(dynamic)
+    const Scratch<float> scratch(expand_scratch(a.rank, block));
+#pragma omp for schedule(static)
     for (int64_t task = 0; task < a.samples * blocks * rank_blocks; ++task) {
       const int64_t s = task / rank_blocks / blocks, m0 = task / rank_blocks % blocks * block;
       const int64_t j0 = task % rank_blocks * dot_columns;
       shrink(a, s, m0, std::min(a.rows, m0 + block), j0, std::min(a.rank, j0 + dot_columns),
              h.get() + (s * a.rows + m0) * a.rank);
     }
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)
     for (int64_t task = 0; task < a.samples * blocks * column_blocks; ++task) {
       const int64_t s = task / column_blocks / blocks, m0 = task / column_blocks % blocks * block;
       const int64_t n0 = task % column_blocks * columns;
       expand(a, s, m0, std::min(a.rows, m0 + block), n0, std::min(a.out, n0 + columns),
-             h.get() + (s * a.rows + m0) * a.rank, panel.get());
+             h.get() + (s * a.rows + m0) * a.rank, scratch.get());
     }
   }
 }

@@ -73,7 +73,7 @@ void input_gradient(const Args& a, int64_t s0, int64_t s1, int64_t m0, int64_t m
       using T = decltype(t);
       pack_rows(at<T>(a.A, s * a.stride_A + n0), a.in, a.rank, n1 - n0, panel, ld);
     });
-    rank_update({G + (s * a.rows + m0) * a.rank, a.rank, 1}, m1 - m0, panel, ld, n1 - n0, a.rank,
+    rank_update<float>({G + (s * a.rows + m0) * a.rank, a.rank, 1}, m1 - m0, panel, ld, n1 - n0, a.rank,
                 Assign{dx + m0 * a.in + n0, a.in, s > s0});
   }
 }
@@ -85,7 +85,7 @@ void outer(const Args& a, const float* c, const T* p, int64_t ldp, int64_t colum
   for (int64_t m = 0; m == 0 || m < a.rows; m += outer_depth) {
     const int64_t depth = std::min(outer_depth, a.rows - m);
     pack_rows(p + m * ldp, ldp, depth, columns, panel, ld);
-    rank_update({c + m * a.rank, 1, a.rank}, a.rank, panel, ld, columns, depth, Assign{out, ldo, m > 0});
+    rank_update<float>({c + m * a.rank, 1, a.rank}, a.rank, panel, ld, columns, depth, Assign{out, ldo, m > 0});
   }
 }
 

@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "rank_update.h"
 #include "simd.h"
 
 namespace swag::SWAG_ISA {
@@ -41,16 +42,22 @@ SWAG_INLINE void pack4(const T* p, int64_t depth, float* panel, int64_t ld) {
   store(panel + 3 * ld, d);
 }
 
-// Columns j to j + 7: pairs of bfloat16 travel as one word, and are split at the end.
-SWAG_INLINE void pack8(const bfloat16* p, int64_t depth, float* panel, int64_t ld) {
+// Columns j to j + 7 of `width` rows of bfloat16, two to a word: word k of a lane holds columns j + 2 k and j + 2 k + 1.
+SWAG_INLINE void load_pairs(const bfloat16* p, int64_t depth, u32 (&pairs)[4]) {
   const float* words = reinterpret_cast<const float*>(p);
   const int64_t row = depth / 2;
-  f32 pairs[4] = {load_quads(words, 4 * row), load_quads(words + row, 4 * row), load_quads(words + 2 * row, 4 * row),
-                  load_quads(words + 3 * row, 4 * row)};
-  transpose4(pairs[0], pairs[1], pairs[2], pairs[3]);
-  for (int j = 0; j < 4; ++j) {
-    store(panel + 2 * j * ld, from_bits(bits(pairs[j]) << 16));
-    store(panel + (2 * j + 1) * ld, from_bits(bits(pairs[j]) & u32(0xffff0000u)));
+  f32 w[4];
+  for (int k = 0; k < 4; ++k) w[k] = load_quads(words + k * row, 4 * row);
+  transpose4(w[0], w[1], w[2], w[3]);
+  for (int k = 0; k < 4; ++k) pairs[k] = bits(w[k]);
+}
+
+SWAG_INLINE void pack8(const bfloat16* p, int64_t depth, float* panel, int64_t ld) {
+  u32 pairs[4];
+  load_pairs(p, depth, pairs);
+  for (int k = 0; k < 4; ++k) {
+    store(panel + 2 * k * ld, from_bits(pairs[k] << 16));
+    store(panel + (2 * k + 1) * ld, from_bits(pairs[k] & u32(0xffff0000u)));
   }
 }
 
@@ -84,5 +91,28 @@ void pack_transposed(const T* p, int64_t n, int64_t depth, float* panel, int64_t
   }
   for (; i < n; i += W) pack_partial(p + i * depth, n - i < W ? n - i : W, depth, panel + i, ld);
 }
+
+#ifdef __AVX512BF16__
+// The same with pairs of columns j in each element: the panel is [ceil(depth / 2), ld], an odd last column paired with 0.
+inline void pack_transposed(const bfloat16* p, int64_t n, int64_t depth, Pair* panel, int64_t ld) {
+  constexpr int W = f32::width;
+  for (int64_t i = 0; i < n; i += W) {
+    if (depth % 8 == 0 && i + W <= n) {
+      for (int64_t j = 0; j < depth; j += 8) {
+        u32 pairs[4];
+        load_pairs(p + i * depth + j, depth, pairs);
+        for (int k = 0; k < 4; ++k) store(reinterpret_cast<uint32_t*>(panel + (j / 2 + k) * ld + i), pairs[k]);
+      }
+      continue;
+    }
+    for (int64_t lane = i; lane < i + W; ++lane)
+      for (int64_t j = 0; j < depth; j += 2) {
+        const uint32_t low = lane < n ? p[lane * depth + j].bits : 0;
+        const uint32_t high = lane < n && j + 1 < depth ? p[lane * depth + j + 1].bits : 0;
+        panel[j / 2 * ld + lane] = {low | high << 16};
+      }
+  }
+}
+#endif
 
 }  // namespace swag::SWAG_ISA

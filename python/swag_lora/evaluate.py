@@ -23,12 +23,13 @@ from .predict import Prediction
 from .tasks import Task
 from .weights import SampledWeights
 
-POINT_ESTIMATES = {"map": "MAP, last epoch", "map-best": "MAP, best validation epoch"}
+POINT_ESTIMATES = {"map": "MAP, last epoch", "map-best": "MAP, best epoch"}
 SCALES = (0.5, 1.0, 2.0, 4.0, 8.0)
 _SELECTION_SAMPLES = 8
 
-# A constant, not a share of the free memory, so that the same command does the same arithmetic everywhere.
-_TOKENS_PER_PASS = 16_384
+# Activations of more tokens than this fall out of a CPU's caches, and then several passes are faster than one. Constants,
+# not shares of the free memory, so that the same command does the same arithmetic everywhere.
+_TOKENS_PER_PASS = {"cpu": 4096, "cuda": 65_536}
 
 Encoded = Sequence[Mapping[str, Any]]
 Predict = Callable[[Mapping[str, Tensor]], Prediction]
@@ -48,6 +49,10 @@ class Sampling:
         if self.method == "antithetic" and self.samples % 2:
             raise ValueError(f"antithetic samples come in pairs, {self.samples} is odd; take method iid")
         return self.method != "iid" and self.samples % 2 == 0
+
+    def draw(self, posterior: SwagPosterior) -> SampledWeights:
+        method = "antithetic" if self.antithetic else "iid"
+        return posterior.draw(self.samples, self.seed, scale=self.scale, method=method)
 
 
 @dataclass(frozen=True)
@@ -74,35 +79,39 @@ class Evaluator:
 
     def point(self, encoded: Encoded, title: str = "") -> Prediction:
         """Predictions with the model's weights as they are."""
-        width = _width(encoded)
+        training = self.model.training
+        self.model.eval()
+        prediction = self._predict(encoded, self.point_predictor(_width(encoded)), title)
+        self.model.train(training)
+        return prediction
+
+    def point_predictor(self, width: int | None = None) -> Predict:
+        """Predicts a batch with the model's weights and mode as they are."""
 
         @torch.no_grad()
         def predict(batch: Mapping[str, Tensor]) -> Prediction:
             return Prediction.from_logits(self.task.logits(self.model, batch, width)[None])
 
-        training = self.model.training
-        self.model.eval()
-        prediction = self._predict(encoded, predict, title)
-        self.model.train(training)
-        return prediction
+        return predict
 
     def sampled(self, posterior: SwagPosterior, encoded: Encoded, sampling: Sampling, title: str = "") -> Prediction:
-        """Predictions averaged over samples, in as few passes as `_TOKENS_PER_PASS` allows."""
-        width, antithetic = _width(encoded), sampling.antithetic
+        """Predictions averaged over samples."""
         self.check_memory(posterior, encoded, sampling)
-        step = self._samples_per_pass(encoded, sampling)
-        method = "antithetic" if antithetic else "iid"
-        weights = posterior.draw(sampling.samples, sampling.seed, scale=sampling.scale, method=method)
-        passes = [
-            SampledModel(self.model, SampledWeights(weights.layout, rows)).eval() for rows in weights.buffer.split(step)
-        ]
+        step = self.samples_per_pass(encoded, sampling)
+        predict = self.predictor(sampling.draw(posterior), step, sampling.antithetic, _width(encoded))
+        return self._predict(encoded, predict, title)
+
+    def predictor(self, weights: SampledWeights, step: int, antithetic: bool, width: int | None = None) -> Predict:
+        """Predicts a batch with the average over `weights`, `step` samples in one pass."""
+        parts = [SampledWeights(weights.layout, rows) for rows in weights.buffer.split(step)]
+        passes = [SampledModel(self.model, part).eval() for part in parts]
 
         @torch.no_grad()
         def predict(batch: Mapping[str, Tensor]) -> Prediction:
             logits = torch.cat([self.task.logits(sampled, batch, width) for sampled in passes])
             return Prediction.from_logits(logits, antithetic)
 
-        return self._predict(encoded, predict, title)
+        return predict
 
     def _predict(self, encoded: Encoded, predict: Predict, title: str) -> Prediction:
         total = -(-len(encoded) // self.batch_size)
@@ -123,13 +132,15 @@ class Evaluator:
         rows = max(len(example["input_ids"]) for example in encoded)
         return min(self.batch_size, len(encoded)) * rows * max(example["length"] for example in encoded)
 
-    def _samples_per_pass(self, encoded: Encoded, sampling: Sampling) -> int:
-        step = max(1, _TOKENS_PER_PASS // self._tokens(encoded))
+    def samples_per_pass(self, encoded: Encoded, sampling: Sampling) -> int:
+        """All of them, or as many as `_TOKENS_PER_PASS` allows for the largest batch."""
+        device = next(self.model.parameters()).device.type
+        step = max(1, _TOKENS_PER_PASS.get(device, 4096) // self._tokens(encoded))
         return min(sampling.samples, max(2, step - step % 2) if sampling.antithetic else step)
 
     def check_memory(self, posterior: SwagPosterior, encoded: Encoded, sampling: Sampling) -> None:
         """Raises a ValueError that says how many samples fit, if `sampling` asks for more."""
-        step = self._samples_per_pass(encoded, sampling)
+        step = self.samples_per_pass(encoded, sampling)
         config: Any = self.model.config
         config = config.get_text_config()
         hidden = getattr(config, "hidden_size", 1024)

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Iterator, Mapping
-from types import MethodType
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import GenerationConfig, PretrainedConfig
 
-from .sample_axis import Lanes, Prefix, SampleAxis
-from .sampled_modules import SampledModule, sampled_leaf, sampled_lora_module
+from .twin import install, twin_of
 
-_READS_WEIGHTS_DIRECTLY = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 _CAPTURES = ("output_hidden_states", "output_attentions", "output_router_logits")
-_DEBERTA_BATCHED = ("hidden_states", "attention_mask", "query_states")
 
 
 class SampledModel(nn.Module):
@@ -54,12 +48,12 @@ class SampledModel(nn.Module):
         self._parameters_like = _random_parameters(peft_model, weights)
         _check_adapters(peft_model, weights)
         num_samples = _num_samples(self._parameters_like, weights)
-        self.model = _twin(peft_model)
+        self.model = twin_of(peft_model)
         self.training = peft_model.training
         core = peft_model.get_base_model() if isinstance(peft_model, PeftModel) else peft_model
         self._config = getattr(core, "config", None)
         self._takes_use_cache = hasattr(self._config, "use_cache") and _accepts(core, "use_cache")
-        self._axis, self._sampled = _install(self.model, self._parameters_like, num_samples)
+        self._axis, self._sampled = install(self.model, self._parameters_like, num_samples)
         self.set_weights(weights)
 
     @property
@@ -186,124 +180,3 @@ def _check_adapters(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
                     f"{weight} takes no part in the forward pass while {active or 'no adapter'} is active: activate "
                     "the adapter the weights belong to with set_adapter(name)"
                 )
-
-
-def _twin(model: nn.Module) -> nn.Module:
-    """The same module tree in new modules, all tensors and configs shared."""
-    shared = {id(value): value for module in model.modules() for value in _to_share(module.__dict__)}
-    return copy.deepcopy(model, shared)
-
-
-def _to_share(value: object) -> Iterator[object]:
-    """Tensors, configs and owners of hooks within an attribute value, which the twin has in common with the model."""
-    if isinstance(value, (Tensor, PretrainedConfig, GenerationConfig, PeftConfig)):
-        yield value
-    elif isinstance(value, MethodType):
-        if not isinstance(value.__self__, nn.Module):
-            yield value.__self__
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _to_share(item)
-    elif isinstance(value, (list, tuple, set)):
-        for item in value:
-            yield from _to_share(item)
-
-
-def _install(
-    twin: nn.Module, parameters: Mapping[str, nn.Parameter], num_samples: int
-) -> tuple[SampleAxis, list[tuple[SampledModule, dict[str, str]]]]:
-    """Give the twin's modules their sampled forwards.
-
-    Returns:
-        The axis they share, and each sampled module with ``{its own parameter name: name in the weights}``.
-    """
-    random = {id(parameter): name for name, parameter in parameters.items()}
-    holders = _holders(twin, random)
-    random_modules = {id(module) for _, module, _ in holders}
-    containers = {id(m) for m in twin.modules() if any(id(d) in random_modules for d in m.modules())}
-    prefixes = list(_prefixes(twin, containers, {id(m) for _, m, _ in holders if isinstance(m, BaseTunerLayer)}, set()))
-    loose = [m for m in twin.modules() if id(m) in containers - random_modules]
-    loose += [m for m in (*prefixes, *(m for _, m, _ in holders)) if isinstance(m, nn.Embedding)]
-    axis = SampleAxis(num_samples, _sizes(loose))
-
-    sampled: list[tuple[SampledModule, dict[str, str]]] = []
-    for name, module, own in holders:
-        if "forward" in module.__dict__:
-            raise ValueError(
-                f"{name} has a forward of its own on the instance (a device-map hook or a patch), which sampling would "
-                "bypass: remove it first"
-            )
-        names = frozenset(own)
-        if isinstance(module, BaseTunerLayer):
-            base_is_random = any(id(m) in random_modules for m in module.get_submodule("base_layer").modules())
-            form: SampledModule = sampled_lora_module(axis, name, module, names, base_is_random)
-        else:
-            form = sampled_leaf(axis, name, module, names)
-        module.forward = form.forward
-        sampled.append((form, own))
-    for module in prefixes:
-        module.forward = Prefix(axis, module).forward
-    for module in twin.modules():
-        if _needs_lanes(module, containers):
-            module.forward = Lanes(axis, module, _DEBERTA_BATCHED).forward
-    return axis, sampled
-
-
-def _holders(twin: nn.Module, random: Mapping[int, str]) -> list[tuple[str, nn.Module, dict[str, str]]]:
-    """Modules that hold random parameters (a LoRA layer holds those of its lora_A and lora_B), with their names."""
-    holders = []
-    claimed: set[int] = set()
-    for name, module in twin.named_modules():
-        if isinstance(module, _READS_WEIGHTS_DIRECTLY) and any(id(p) in random for p in module.parameters()):
-            raise TypeError(
-                f"{name} is a {type(module).__name__}, which reads its layers' weights directly and so has no sampled "
-                "form: leave its parameters out of the weights"
-            )
-        adapter_layer = isinstance(module, BaseTunerLayer)
-        own = {
-            path: random[id(parameter)]
-            for path, parameter in module.named_parameters(recurse=adapter_layer)
-            if id(parameter) in random and not path.startswith("base_layer.")
-        }
-        if own and id(module) not in claimed:
-            holders.append((name, module, own))
-        if adapter_layer:
-            base = {id(m) for m in module.get_submodule("base_layer").modules()}
-            claimed |= {id(m) for m in module.modules()} - base
-    return holders
-
-
-def _prefixes(module: nn.Module, containers: set[int], skipped: set[int], seen: set[int]) -> Iterator[nn.Module]:
-    """The largest modules with parameters, none of them random."""
-    for child in module.children():
-        if id(child) in seen or id(child) in skipped:
-            continue
-        seen.add(id(child))
-        if id(child) in containers or type(child).forward is nn.Module.forward:
-            yield from _prefixes(child, containers, skipped, seen)
-        elif next(child.parameters(), None) is not None:
-            yield child
-
-
-def _sizes(modules: list[nn.Module]) -> frozenset[int]:
-    """Sizes of the tensors these modules hold: tables and loose parameters may pass between modules without a batch."""
-    return frozenset(
-        size
-        for module in modules
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
-        for size in tensor.shape
-    )
-
-
-def _needs_lanes(module: nn.Module, containers: set[int]) -> bool:
-    """DeBERTa projects and normalises its table of relative positions, which has no batch, with its layers' weights."""
-    if not getattr(module, "relative_attention", False):
-        return False
-    parts: tuple[str, ...] = ()
-    if type(module).__name__ == "DisentangledSelfAttention":
-        parts = ("pos_key_proj", "pos_query_proj", "pos_proj", "pos_q_proj")
-        if getattr(module, "share_att_key", False):
-            parts += ("query_proj", "key_proj")
-    elif type(module).__name__ == "DebertaV2Encoder":
-        parts = ("LayerNorm",)
-    return any(id(getattr(module, part, None)) in containers for part in parts)

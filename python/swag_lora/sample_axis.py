@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from transformers.cache_utils import Cache
 
@@ -37,8 +36,8 @@ class SampleAxis:
 
     Row ``s * b + i`` of an activation is row i of sample s. A batch of B examples has b = B rows a sample, or
     b = B * choices in a multiple-choice model, which flattens its choices into rows. Until the first random module
-    has run (``begun``) the S * b rows are S copies of b rows, so one copy tells all. Inside a `Lanes` module, ``lane``
-    is the sample whose b rows are passing through.
+    has run (``begun``) the S * b rows are S copies of b rows, so one copy tells all. In modules that run one
+    sample after the other, ``lane`` is the sample whose b rows are passing through.
 
     Whether a tensor is batch-leading shows in its shape alone, so every shortcut is taken only where no other size
     in sight could be mistaken for the number of rows; running all rows is always right.
@@ -136,7 +135,7 @@ class SampleAxis:
         Raises:
             ValueError: the rows of `x` cannot be told apart by sample.
         """
-        if self.lane is not None or self.num_samples == 1 or (len(x) == 1 and x.dim() > 1):
+        if self.lane is not None or self.num_samples == 1 or (x.dim() > 1 and len(x) == 1):
             self.begun = True
             return x.unsqueeze(0)
         self._check_rows(x, name)
@@ -229,51 +228,3 @@ def _choices(kwargs: Mapping[str, Any]) -> int:
         if isinstance(value, Tensor):
             return value.shape[1] if value.dim() == flat_dim + 1 else 1
     return 1
-
-
-class Prefix:
-    """Forward of a module without random weights: one copy of the rows while nothing random has run yet."""
-
-    def __init__(self, axis: SampleAxis, module: nn.Module) -> None:
-        self._axis = axis
-        self._inner = module.forward
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        narrow = self._axis.narrow((args, kwargs))
-        if narrow is not None:
-            (few_args, few_kwargs), rows = narrow
-            wide = self._axis.widen(self._inner(*few_args, **few_kwargs), rows)
-            if wide is not None:
-                return wide
-        return self._inner(*args, **kwargs)
-
-
-class Lanes:
-    """Forward of a module whose random parts also see tensors without a batch: one sample after the other.
-
-    Args:
-        batched: names of the module's arguments that are batch-leading.
-    """
-
-    def __init__(self, axis: SampleAxis, module: nn.Module, batched: Iterable[str]) -> None:
-        self._axis = axis
-        self._inner: Callable[..., Any] = module.forward
-        self._names = list(inspect.signature(module.forward).parameters)
-        self._batched = frozenset(batched)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        axis = self._axis
-        if axis.lane is not None:
-            return self._inner(*args, **kwargs)
-        kwargs = dict(zip(self._names, args, strict=False)) | kwargs
-        lanes = []
-        for lane in range(axis.num_samples):
-            axis.lane = lane
-            lanes.append(self._inner(**{name: self._lane(value, name) for name, value in kwargs.items()}))
-        axis.lane = None
-        return tree_map(lambda *v: torch.cat(v) if isinstance(v[0], Tensor) else v[0], *lanes)
-
-    def _lane(self, value: Any, name: str) -> Any:
-        if name not in self._batched or not isinstance(value, Tensor) or len(value) == 1 < self._axis.num_samples:
-            return value
-        return value.unflatten(0, (self._axis.num_samples, -1))[self._axis.lane]

@@ -7,7 +7,7 @@ sample's rows with that sample's weights set, up to rounding.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +100,7 @@ class SampledLora(_Sampled):
         if torch.is_autocast_enabled(device) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
         h = module.lora_dropout[self._adapter](_features(rows).to(dtype))
-        base = base.unflatten(0, (-1, rows.shape[1]))
+        base = base.unflatten(0, (len(A) if self._base_is_random else len(rows), -1))[:, : rows.shape[1]]
         scaling = module.scaling[self._adapter]
         y = sampled_lora(h, A.to(dtype), B.to(dtype), scaling, _features(base))
         if module.lora_bias[self._adapter]:
@@ -115,12 +115,14 @@ class SampledLinear(_Sampled):
     Where only the bias is random, the layer runs once over all rows without its bias, so its weight is never touched.
     """
 
+    module: nn.Linear | Conv1D
+
     def __init__(self, axis: SampleAxis, name: str, module: nn.Module, parameters: frozenset[str]) -> None:
         super().__init__(axis, name, module, parameters)
         self._transposed = isinstance(module, Conv1D)
         self._unbiased = module.forward
         if parameters == {"bias"} and not self._transposed:
-            module.bias = None
+            module.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = self.axis.split(x, self.name)
@@ -128,10 +130,8 @@ class SampledLinear(_Sampled):
             weight = self.samples("weight")
             weight = weight if self._transposed else weight.mT
             h = _features(rows).expand(len(weight), -1, -1)
-            if self.module.bias is None:
-                y = torch.bmm(h, weight)
-            else:
-                y = torch.baddbmm(self.samples("bias").unsqueeze(1), h, weight)
+            bias = None if self.module.bias is None else self.samples("bias").unsqueeze(1)
+            y = torch.bmm(h, weight) if bias is None else torch.baddbmm(bias, h, weight)
             return self.axis.join(y.unflatten(1, rows.shape[1:-1]), x)
         y = torch.matmul(rows, self.module.weight) if self._transposed else self._unbiased(rows)
         return self.axis.join((y + _per_row(self.samples("bias"), y)).to(y.dtype), x)
@@ -215,7 +215,7 @@ def sampled_lora_module(
             f"{name} uses the LoRA variant {type(variant).__name__ if variant else 'DoRA'}, which has no sampled form: "
             "train plain LoRA or rsLoRA (use_dora=False and no other variant)"
         )
-    return SampledLora(axis, name, module, parameters, base_is_random)
+    return SampledLora(axis, name, cast(LoraLinear, module), parameters, base_is_random)
 
 
 def sampled_leaf(axis: SampleAxis, name: str, module: nn.Module, parameters: frozenset[str]) -> SampledModule:

@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 _COLUMNS = {
     "accuracy": "accuracy",
@@ -22,27 +24,29 @@ _COLUMNS = {
 _HIGHER_IS_BETTER = {"accuracy", "ood_auroc_entropy"}
 
 
-def table(rows: Sequence[Mapping[str, Any]], title: str, caption: str = "") -> Table:
+def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One line a row, one column for each metric that some row has; the best value of a metric is bold."""
     columns = {key: header for key, header in _COLUMNS.items() if any(key in row for row in rows)}
     best = {key: _best(key, rows) for key in columns if key != "seconds_per_1000"}
-    result = Table(title=title, caption=caption or None, caption_justify="left", title_justify="left")
-    result.add_column("")
+    result = Table(box=SIMPLE_HEAD)
+    result.add_column("", no_wrap=True)
     for header in columns.values():
-        result.add_column(header, justify="right")
+        result.add_column(header, justify="right", no_wrap=True)
     for row in rows:
         cells = [_cell(key, row.get(key), best.get(key)) for key in columns]
-        result.add_row(row["name"], *cells)
+        result.add_row(Text(row["name"]), *cells)
     return result
 
 
 def show(result: Mapping[str, Any], title: str, caption: str, target: str | None) -> None:
-    """Print the table of `result["rows"]`, and write `result` as JSON to `target`, "-" being the standard output.
+    """Print the table of `result["rows"]` between its title and caption, and write `result` as JSON to `target`.
 
     With JSON on the standard output the table goes to the standard error.
     """
-    width = None if sys.stdout.isatty() else 110
-    Console(stderr=target == "-", width=width, highlight=False).print(table(result["rows"], title, caption))
+    console = Console(stderr=target == "-", highlight=False, markup=False)
+    console.print(title, soft_wrap=True)
+    console.print(table(result["rows"]))
+    console.print(caption, soft_wrap=True)
     write_json(result, target)
 
 
@@ -62,11 +66,9 @@ def _best(key: str, rows: Sequence[Mapping[str, Any]]) -> str | None:
     return _number(key, max(values) if key in _HIGHER_IS_BETTER else min(values))
 
 
-def _cell(key: str, value: float | None, best: str | None) -> str:
-    if value is None:
-        return ""
-    text = _number(key, value)
-    return f"[bold]{text}[/bold]" if text == best else text
+def _cell(key: str, value: float | None, best: str | None) -> Text:
+    text = "" if value is None else _number(key, value)
+    return Text(text, style="bold" if text and text == best else "")
 
 
 def _number(key: str, value: float) -> str:

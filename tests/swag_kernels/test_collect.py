@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from swag_kernels import arena_size, collect_, native, reference, segment_table
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason="needs the compiled extension")

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from swag_kernels import native, reference
 
 _C = pytest.importorskip("swag_kernels._C")

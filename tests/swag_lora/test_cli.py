@@ -10,9 +10,10 @@ import torch
 from encoder_models import save_colors, save_questions, save_tiny_bert, save_tiny_gpt2, write_lines
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
 from swag_lora import memory
 from swag_lora.cli import main
-from transformers import AutoModelForSequenceClassification
 
 FAST = ["--epochs", "12", "--collections", "3", "--rank", "3", "--batch-size", "8", "--lr", "0.03", "--threads", "1"]
 
@@ -54,7 +55,7 @@ def refused(capsys, *arguments):
 def test_fit_then_evaluate(home, capsys):
     result = evaluate(home, capsys, "colors", "--samples", "8")
     names = [row["name"] for row in result["rows"]]
-    assert names == ["MAP, last epoch", "MAP, best validation epoch", "SWA (mean)", "SWAG, K=8"]
+    assert names == ["MAP, last epoch", "MAP, best epoch", "SWA (mean)", "SWAG, K=8"]
     assert [row["samples"] for row in result["rows"]] == [1, 1, 1, 8]
     assert result["examples"] == {"test": 24, "oos_test": 8} and result["method"] == "antithetic"
     for row in result["rows"]:

