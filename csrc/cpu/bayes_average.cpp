@@ -18,7 +18,8 @@ namespace {
 constexpr int64_t kWidth = f32::width;
 constexpr int64_t kBlock = 128 * kWidth;  // classes read for their maximum and again for the sums while in the cache
 constexpr int64_t kTileFloats = 8192;  // log-probabilities of all samples for one tile of classes
-constexpr int64_t kRun = kWidth;  // terms added up before they join the total: long chains of additions gather rounding errors
+// Terms added up before they join the total, along the classes and the samples: long chains gather rounding errors.
+constexpr int64_t kClassRun = kWidth, kSampleRun = 32;
 constexpr int64_t worth_threads = 1 << 13;
 
 // What the first touch leaves of each row, by sample: the log-probability of x is (x - shift) - log_sum.
@@ -53,7 +54,7 @@ core::SoftmaxSums sums_of(const T* x, int64_t n, float largest) {
   f32 total(0.0f), weighted(0.0f);
   for (int64_t i = 0; i < n;) {
     f32 run_total(0.0f), run_weighted(0.0f);
-    for (const int64_t end = std::min(n, i + kRun * kWidth); i < end; i += kWidth) {
+    for (const int64_t end = std::min(n, i + kClassRun * kWidth); i < end; i += kWidth) {
       const f32 d = core::bounded(load_logits(x + i, n - i) - f32(sums.shift()));
       const f32 e = core::exp_normal<u32>(d);
       run_total = run_total + e;
@@ -138,7 +139,7 @@ SWAG_INLINE f32 sum_samples(int64_t samples, int64_t step, const Term& term) {
   f32 total(0.0f);
   for (int64_t s = 0; s < samples;) {
     f32 part(0.0f);
-    for (const int64_t end = std::min(samples, s + kRun); s < end; s += step) part = part + term(s);
+    for (const int64_t end = std::min(samples, s + kSampleRun); s < end; s += step) part = part + term(s);
     total = total + part;
   }
   return total;
