@@ -1,7 +1,8 @@
 // sampled_lora: y_s = base_s + scaling (x_s A_sᵀ) B_sᵀ.
 //
-// The hidden activations h = x Aᵀ stay in float32. Every output is summed in one order (see dots.h and rank_update.h), so
-// how the work is cut, and over how many threads, changes no bit.
+// All sums are in float32, and h = x Aᵀ stays in it; only where processors multiply bfloat16 and everything else is
+// bfloat16 is h rounded once (see Operands). Every output is summed in one order (see dots.h and rank_update.h), so how the
+// work is cut, and over how many threads, changes no bit.
 
 #include <algorithm>
 
@@ -64,8 +65,8 @@ void shrink(const SampledLoraArgs& a, int64_t s, int64_t m0, int64_t m1, int64_t
   });
 }
 
-// What expand() multiplies: h and a panel of B in float32, or where bfloat16 products add up in float32 in one instruction
-// and the result is rounded to bfloat16 anyway, both in bfloat16.
+// What expand() multiplies: h and a panel of B in float32. With an instruction that adds two bfloat16 products to a float32,
+// for a result that is rounded to bfloat16 anyway, both in bfloat16: half the instructions, and plain torch rounds h too.
 template <class T, class Y>
 struct Operands {
   using element = float;

@@ -168,7 +168,7 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
 
 def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--threads", type=_count, default=2, help="for training; part of the result, like the seed (default 2)"
+        "--threads", type=_count, default=1, help="for training on a CPU; part of the result, like the seed (1)"
     )
     _seed_and_json(parser)
 

@@ -44,7 +44,7 @@ def dataset(source: str | Path | None, seed: int = 0) -> Dataset:
     return synthetic.make(seed) if source is None else reading.load(source).subset(SUBSET, seed)
 
 
-def recipe(source: str | Path | None, seed: int = 0, threads: int = 2) -> Recipe:
+def recipe(source: str | Path | None, seed: int = 0, threads: int = 1) -> Recipe:
     """How the demo trains: fewer epochs on its own small set."""
     if source is None:
         return Recipe(epochs=9, collections=6, rank=6, lr=2e-3, swag_lr=1e-3, batch_size=16, seed=seed, threads=threads)
@@ -52,7 +52,7 @@ def recipe(source: str | Path | None, seed: int = 0, threads: int = 2) -> Recipe
 
 
 def fit_demo_posterior(
-    folder: str | Path, source: str | Path | None = None, seed: int = 0, threads: int = 2, show: bool = False
+    folder: str | Path, source: str | Path | None = None, seed: int = 0, threads: int = 1, show: bool = False
 ) -> tuple[Evaluator, SwagPosterior, Dataset]:
     """The demo's model and posterior, from `folder` if it holds those of this data and recipe, else trained into it."""
     examples, how = dataset(source, seed), recipe(source, seed, threads)
@@ -67,7 +67,7 @@ def run(
     data: str | Path | None = None,
     samples: int = 32,
     seed: int = 0,
-    threads: int = 2,
+    threads: int = 1,
     show: bool = False,
 ) -> dict[str, Any]:
     """Train, compare and time; the result is the same for the same arguments, but for its seconds."""

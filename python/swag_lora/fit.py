@@ -38,7 +38,8 @@ class Recipe:
     The point estimate (MAP) trains for `epochs` on a linear schedule with 6 % warm-up. SWAG leaves that run after the
     fraction `start` of its epochs, goes on at the constant rate `swag_lr`, and collects at the end of each of
     `collections` epochs; the last `rank` deviations are kept. `threads` is fixed because the sums of a backward pass on
-    the CPU are split by thread: with it a seed gives one result, whatever OMP_NUM_THREADS says.
+    the CPU are split by thread: with it a seed gives one result, whatever OMP_NUM_THREADS says. One thread is also not
+    held up by other load on the machine; larger models want more.
     """
 
     epochs: int = 15
@@ -53,7 +54,7 @@ class Recipe:
     lora_dropout: float = 0.1
     target_modules: tuple[str, ...] | None = None
     seed: int = 0
-    threads: int = 2
+    threads: int = 1
 
     @property
     def branch(self) -> int:
