@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -18,15 +19,15 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 def _load() -> ModuleType | str:
     """The extension, or the reason why there is none."""
     try:
-        from swag_kernels import _C
+        kernels = import_module("swag_kernels._C")
     except ImportError as error:
         return (
             f"the compiled extension could not be imported ({error}); install a C++17 compiler (g++ or clang++) and "
             f"reinstall with 'pip install --force-reinstall --no-deps swag-kernels'"
         )
     if name := os.environ.get("SWAG_KERNELS_ISA"):
-        _C.select_isa(name)
-    return _C
+        kernels.select_isa(name)
+    return kernels
 
 
 def missing() -> str | None:
