@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -54,7 +55,7 @@ class AverageState:
 
     def log_probs(self) -> Tensor:
         """``log (1/S Σ_s p_s)``, ``[B, C]``: the log of the mean of softmax, never the softmax of a mean."""
-        return self.log_sum - self._samples().log()
+        return self.log_sum - math.log(self._samples())
 
     def probs(self) -> Tensor:
         """``1/S Σ_s p_s``, ``[B, C]``."""
@@ -62,12 +63,14 @@ class AverageState:
 
     def entropy(self) -> Tensor:
         """Predictive entropy ``H[p̄]``, ``[B]``, in nats."""
-        return torch.special.entr(self.probs()).sum(-1)
+        log_probs = self.log_probs()
+        bounded = log_probs.clamp(min=torch.finfo(self.dtype).min)  # 0 log 0 is 0
+        return -(log_probs.exp() * bounded).sum(-1)
 
     def expected_entropy(self) -> Tensor:
         """``1/S Σ_s H[p_s]``, ``[B]``, in nats: the part of the entropy that more data about the weights cannot remove."""
         self._samples()
-        return self.mean_entropy
+        return self.mean_entropy.clone()
 
     def mutual_information(self) -> Tensor:
         """``H[p̄] − 1/S Σ_s H[p_s]``, ``[B]``, in nats, at least 0 (Houlsby et al. 2011, eq. 1)."""
@@ -83,7 +86,7 @@ class AverageState:
         draws = self._samples() / self.group
         return (self.m2 / (draws * (draws - 1))).sqrt()
 
-    def _samples(self) -> Tensor:
-        if not self.num_samples:
+    def _samples(self) -> int:
+        if not (samples := self.num_samples):
             raise RuntimeError("no samples averaged yet: pass logits [S, B, C] to swag_kernels.bayes_average_ first")
-        return self.count.to(self.dtype)
+        return samples

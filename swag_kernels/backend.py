@@ -61,9 +61,9 @@ def _missing(name: str) -> str | None:
 
 def choose(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """Name of the back end that an op on this device and dtype will use. float64 is always the reference's."""
-    forced = _forced.get() or _from_environment()
     if dtype == torch.float64:
         return "reference"
+    forced = _forced.get() or _from_environment()
     if forced is not None:
         if forced not in _PREFERENCE.get(device.type, _DEFAULT):
             raise RuntimeError(f"the back end '{forced}' does not serve tensors on {device}; use backend('reference')")

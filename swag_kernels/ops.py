@@ -34,7 +34,7 @@ _library.define(
     "bayes_average_(Tensor(a!) log_sum, Tensor(b!) m2, Tensor(c!) votes, Tensor(d!) entropy, Tensor(e!) count, "
     "Tensor logits, int group) -> ()"
 )
-_ops = torch.ops.swag_kernels
+_ops = torch.ops.swag_kernels  # called by overload: resolving one costs as much as a small op
 
 
 def _require(condition: bool, message: str) -> None:
@@ -81,7 +81,7 @@ def collect_(
         ValueError: a size, dtype or device does not fit; nothing was written.
     """
     with torch.no_grad():
-        _ops.collect_(list(params), mean, m2, deviations, count, layout)
+        _ops.collect_.default(list(params), mean, m2, deviations, count, layout)
 
 
 def _collect_impl(
@@ -149,7 +149,7 @@ def draw(
     """
     _require(0 <= seed < _UINT64, f"draw: seed must lie in [0, 2**64), got {seed}")
     signed = seed - _UINT64 if seed >= _UINT64 // 2 else seed
-    return _ops.draw(
+    return _ops.draw.default(
         mean,
         std,
         deviations,
@@ -227,39 +227,37 @@ def sampled_lora(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Tensor) 
     """
     recorded = torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad or base.requires_grad)
     if not recorded and base.is_contiguous() and base.shape[0] == A.shape[0]:
-        _ops.sampled_lora_(x, A, B, scaling, base)
+        _ops.sampled_lora_.default(x, A, B, scaling, base)
         return base
-    return _ops.sampled_lora(x, A, B, scaling, base)
+    return _ops.sampled_lora.default(x, A, B, scaling, base)
 
 
-def _check_lora(x: Tensor, A: Tensor, B: Tensor, base: Tensor) -> None:
+def _check_lora(x: Tensor, A: Tensor, B: Tensor, base: Tensor) -> torch.dtype:
+    """The widest dtype, after a check of everything; in few steps, as small calls take as long as their checks."""
     shapes = x.shape, A.shape, B.shape, base.shape
     try:
-        (x_samples, x_rows, x_features), (samples, rank, features), (B_samples, out, B_rank), (_, rows, columns) = (
-            shapes
-        )
+        (x_samples, rows, features), (samples, rank, _), _, (base_samples, _, out) = shapes
     except ValueError:
         raise ValueError(f"sampled_lora: all tensors have three axes, got {_named_shapes(*shapes)}") from None
     if not (
         x_samples in (1, samples)
-        and shapes[3][0] in (1, samples)
-        and x_features == features
-        and B_samples == samples
-        and B_rank == rank
-        and x_rows == rows
-        and columns == out
+        and base_samples in (1, samples)
+        and shapes[1][2] == features
+        and shapes[2] == (samples, out, rank)
+        and shapes[3][1] == rows
     ):
         raise ValueError(
             f"sampled_lora: expected x [S or 1, M, in], A [S, r, in], B [S, out, r], base [S or 1, M, out], "
             f"got {_named_shapes(*shapes)}"
         )
-    dtype, device = x.dtype, x.device
-    if not (dtype == A.dtype == B.dtype and dtype in _FLOATS and base.dtype in _FLOATS):
+    dtype, base_dtype = x.dtype, base.dtype
+    if not (dtype == A.dtype == B.dtype and dtype in _FLOATS and base_dtype in _FLOATS):
         raise ValueError(
             f"sampled_lora: x, A and B need one floating dtype, got {x.dtype}, {A.dtype}, {B.dtype} (base {base.dtype})"
         )
-    if not device == A.device == B.device == base.device:
+    if not x.device == A.device == B.device == base.device:
         raise ValueError("sampled_lora: all tensors must be on one device")
+    return torch.float64 if base_dtype == torch.float64 else dtype
 
 
 def _named_shapes(*shapes: Sequence[int]) -> str:
@@ -267,22 +265,20 @@ def _named_shapes(*shapes: Sequence[int]) -> str:
 
 
 def _sampled_lora_impl(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Tensor) -> Tensor:
-    _check_lora(x, A, B, base)
-    return select(x.device, _widest(x, base)).sampled_lora(x, A, B, scaling, base)
+    return select(x.device, _check_lora(x, A, B, base)).sampled_lora(x, A, B, scaling, base)
 
 
 def _sampled_lora_inplace_impl(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Tensor) -> None:
-    _check_lora(x, A, B, base)
-    if base.shape[0] != A.shape[0]:
+    dtype = _check_lora(x, A, B, base)
+    if base.size(0) != A.size(0):
         raise ValueError("sampled_lora_: base cannot broadcast over samples in place")
-    select(x.device, _widest(x, base)).sampled_lora_(x, A, B, scaling, base)
+    select(x.device, dtype).sampled_lora_(x, A, B, scaling, base)
 
 
 def _sampled_lora_backward_impl(
     grad: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_lora(x, A, B, grad)
-    return select(x.device, _widest(x, grad)).sampled_lora_backward(grad, x, A, B, scaling)
+    return select(x.device, _check_lora(x, A, B, grad)).sampled_lora_backward(grad, x, A, B, scaling)
 
 
 def _sampled_lora_setup(ctx, inputs, output) -> None:
@@ -294,7 +290,7 @@ def _sampled_lora_setup(ctx, inputs, output) -> None:
 def _sampled_lora_grad(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     dx = dA = dB = None
     if any(ctx.needs_input_grad[:3]):
-        dx, dA, dB = _ops.sampled_lora_backward(grad, *ctx.saved_tensors, ctx.scaling)
+        dx, dA, dB = _ops.sampled_lora_backward.default(grad, *ctx.saved_tensors, ctx.scaling)
     return dx, dA, dB, None, grad.sum_to_size(ctx.base_shape) if ctx.needs_input_grad[4] else None
 
 
@@ -314,7 +310,9 @@ def bayes_average_(state: AverageState, logits: Tensor) -> None:
         ValueError: a shape, dtype or device does not fit; the state is unchanged.
     """
     with torch.no_grad():
-        _ops.bayes_average_(state.log_sum, state.m2, state.votes, state.mean_entropy, state.count, logits, state.group)
+        _ops.bayes_average_.default(
+            state.log_sum, state.m2, state.votes, state.mean_entropy, state.count, logits, state.group
+        )
 
 
 def _bayes_average_impl(

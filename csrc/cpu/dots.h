@@ -68,7 +68,10 @@ SWAG_INLINE void dot_tile(const X* x, int64_t ldx, const A* const* a, int64_t de
   int64_t k = 0;
   for (; k + D::step <= depth; k += D::step) {
     typename D::vector xs[MR];
-    for (int m = 0; m < MR; ++m) xs[m] = D::read(x + m * ldx + k);
+    for (int m = 0; m < MR; ++m) {
+      if constexpr (MR == dot_rows) __builtin_prefetch(x + (m + MR) * ldx + k);
+      xs[m] = D::read(x + m * ldx + k);
+    }
     for (int n = 0; n < NR; ++n) {
       const typename D::vector as = D::read(a[n] + k);
       for (int m = 0; m < MR; ++m) acc[m][n] = D::add(xs[m], as, acc[m][n]);

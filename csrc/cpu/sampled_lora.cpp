@@ -47,8 +47,10 @@ struct AddToBase {
   Y* y;
   int64_t ld;
   f32 scaling;
+  int64_t ahead;  // to the next rows: each is read in pieces, too short for the hardware to run ahead
   SWAG_INLINE void operator()(int64_t m, int64_t n, f32 sums, int64_t count) const {
     const int64_t i = m * ld + n;
+    __builtin_prefetch(base + i + ahead);
     if (count == f32::width)
       put(y + i, muladd(scaling, sums, load(base + i)));
     else
@@ -107,7 +109,7 @@ void expand_as(const SampledLoraArgs& a, int64_t s, int64_t m0, int64_t m1, int6
     pack_transposed(at<T>(a.B, s * a.stride_B + n * a.rank), count, a.rank, panel, ld);
     const int64_t first = m0 * a.out + n;
     const AddToBase<Y> epilogue{at<Y>(a.base, s * a.stride_base + first), static_cast<Y*>(a.y) + s * a.rows * a.out + first,
-                                a.out, f32(a.scaling)};
+                                a.out, f32(a.scaling), m1 - m0 > update_rows ? update_rows * a.out : 0};
     rank_update<E>({coefficients, depth, 1}, m1 - m0, panel, ld, count, depth, epilogue);
   }
 }

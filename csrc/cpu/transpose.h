@@ -81,6 +81,8 @@ void pack_transposed(const T* p, int64_t n, int64_t depth, float* panel, int64_t
   int64_t i = 0;
   if (depth % 4 == 0) {
     for (; i + W <= n; i += W) {
+      if constexpr (std::is_same_v<T, float>)  // the quads are taken across the rows, which the hardware does not follow
+        for (int64_t k = 0; k < W * depth; k += W) __builtin_prefetch(p + (i + 4 * W) * depth + k);
       int64_t j = 0;
       if constexpr (std::is_same_v<T, bfloat16>) {
         if (depth % 8 == 0)
