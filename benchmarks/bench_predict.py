@@ -8,9 +8,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 from harness import Row, alternate, compare
-from published import PublishedSwag
 from swag_lora import Prediction, Predictor, SampledModel, SampledWeights, SwagPosterior, predict
 from swag_lora.demo import encoder, fit_demo_posterior
+from swag_lora.published import PublishedSwag
 
 SAMPLES, LENGTH, RANK = 16, 32, 20
 DRAWS, EXAMPLES = 256, 24

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 LORA_SIZES: dict[str, list[tuple[int, ...]]] = {
     "RoBERTa-base r=8 q,v": [(8, 768), (768, 8)] * 24,
@@ -57,15 +58,25 @@ class Row:
 
 
 def alternate(
-    functions: Mapping[str, Callable[[], object]], rounds: int = 11, warmup: int = 2
+    functions: Mapping[str, Callable[[], object]], rounds: int = 11, warmup: int = 2, calls: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each function, called in turn A B A B …, after ``warmup`` uncounted rounds."""
+    """Seconds of each function, called in turn A B A B …, after ``warmup`` uncounted rounds.
+
+    A turn is ``calls`` calls, of which the last is timed: with one call a function finds the caches as the others left them,
+    with more as it left them itself.
+
+    A result is kept until just before the next call of its function. Memory that lies free for a second or two goes back
+    from a virtual machine to its host, and getting it again can take five times as long as the op.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
+    kept: dict[str, object] = {}
     for index in range(warmup + rounds):
         for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            elapsed = time.perf_counter() - start
+            for _ in range(calls):
+                kept[name] = None
+                start = time.perf_counter()
+                kept[name] = function()
+                elapsed = time.perf_counter() - start
             if index >= warmup:
                 seconds[name].append(elapsed)
     return seconds
@@ -101,6 +112,18 @@ def limit(case: str, what: str, seconds: list[float], floor: float, target: floa
     fractions = sorted(floor / s for s in seconds)
     cut = statistics.quantiles(fractions, n=5) if len(fractions) > 1 else [fractions[0]] * 4
     return Row(case, what, statistics.median(seconds), floor, statistics.median(fractions), cut[0], cut[-1], target)
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Most bytes of tensors alive at once during a call, over those alive before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    live = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
 
 
 @cache

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .posterior import SwagPosterior
 from .predict import Prediction
+from .published import PublishedSwag
 from .tasks import Task
 
 
@@ -23,18 +24,20 @@ class Loop:
     def __init__(self, task: Task, model: nn.Module, posterior: SwagPosterior, scale: float) -> None:
         self.task, self.model, self.scale = task, model, scale
         self.parameters = posterior.layout.parameters(model)
-        self.divisor = (min(int(posterior.count), posterior.rank) - 1) ** 0.5
         views = posterior.layout.views
-        self.means = [mean.clone() for mean in views(posterior.mean).values()]
+        self.swag = PublishedSwag(self.parameters, max_columns=min(int(posterior.count), posterior.rank))
+        self.swag.mean = [mean.clone() for mean in views(posterior.mean).values()]
         second = posterior.mean.square() + posterior.std().square()
-        self.squares = [square.clone() for square in views(second).values()]
-        self.deviations = [rows.flatten(1).clone() for rows in views(posterior.deviations).values()]
+        self.swag.sq_mean = [square.clone() for square in views(second).values()]
+        held = posterior.deviations[: self.swag.max_columns]
+        self.swag.cov_mat_sqrt = [rows.flatten(1).clone() for rows in views(held).values()]
 
     @torch.no_grad()
     def resampled(self, batch: Mapping[str, Tensor], samples: int) -> Prediction:
         logits = []
         for _ in range(samples):
-            self._resample()
+            for parameter, value in zip(self.parameters, self.swag.sample_fullrank(self.scale), strict=True):
+                parameter.copy_(value)
             logits.append(self.task.logits(self.model, batch))
         return Prediction.from_logits(torch.stack(logits))
 
@@ -46,15 +49,3 @@ class Loop:
                 parameter.copy_(value)
             logits.append(self.task.logits(self.model, batch))
         return Prediction.from_logits(torch.stack(logits), antithetic)
-
-    def _resample(self) -> None:
-        mean = torch.cat([mean.flatten() for mean in self.means])
-        square = torch.cat([square.flatten() for square in self.squares])
-        deviations = torch.cat(self.deviations, dim=1)
-        std = (square - mean**2).clamp(1e-30).sqrt()
-        low_rank = deviations.t() @ torch.randn(len(deviations))
-        sample = mean + self.scale**0.5 * (std * torch.randn_like(std) + low_rank / self.divisor)
-        start = 0
-        for parameter in self.parameters:
-            parameter.copy_(sample[start : start + parameter.numel()].view_as(parameter))
-            start += parameter.numel()

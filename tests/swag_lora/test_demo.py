@@ -94,8 +94,7 @@ def test_the_loop_draws_from_the_posterior(tiny, tmp_path):
     loop = Loop(evaluator.task, evaluator.model, posterior, scale=0.7)
     draws, numbers = 4000, []
     for _ in range(draws):
-        loop._resample()
-        numbers.append(torch.cat([parameter.detach().flatten() for parameter in loop.parameters]))
+        numbers.append(torch.cat([tensor.flatten() for tensor in loop.swag.sample_fullrank(loop.scale)]))
     weights = torch.stack(numbers).double()
 
     def flat(arena):

@@ -1,4 +1,4 @@
-"""The algorithm of the published SWAG code, written from its description, as the baseline that everybody runs.
+"""The algorithm of the published SWAG code, written from its description: the baseline of the demo and the benchmarks.
 
 Per-tensor buffers; moments ``E[θ]`` and ``E[θ²]``; deviations grown by ``cat`` and cut at the oldest row; one sample at a
 time from flattened copies on the host (Maddox et al. 2019, Algorithm 1; Onal et al. 2024).
