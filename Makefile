@@ -21,15 +21,11 @@ lint: $(VENV)/.built
 	$(BIN)/mypy
 
 # torch comes first and pinned, so that no dependency pulls another build of it.
-$(VENV)/.dependencies: pyproject.toml constraints.txt
+$(VENV)/.built: pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $$(grep '^torch==' constraints.txt)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,data,dev]'
-	touch $@
-
-$(VENV)/.built: $(VENV)/.dependencies $(NATIVE)
-	$(BIN)/pip install --quiet --no-deps --editable .
 	touch $@
 
 clean:

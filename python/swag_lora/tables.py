@@ -28,7 +28,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One line a row, one column for each metric that some row has; the best value of a metric is bold."""
     columns = {key: header for key, header in _COLUMNS.items() if any(key in row for row in rows)}
     best = {key: _best(key, rows) for key in columns if key != "seconds_per_1000"}
-    result = Table(box=SIMPLE_HEAD)
+    result = Table(box=SIMPLE_HEAD, show_edge=False, collapse_padding=True)  # the demo's fits a terminal of 80 columns
     result.add_column("", no_wrap=True)
     for header in columns.values():
         result.add_column(header, justify="right", no_wrap=True)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from encoder_models import save_colors, save_tiny_bert
+from rich.console import Console
 
 from swag_lora import data, demo, tables
 from swag_lora.cli import main
@@ -154,3 +155,13 @@ def test_table_marks_the_best_value():
     cells = [[(cell.plain, cell.style) for cell in column.cells] for column in tables.table(rows).columns]
     assert cells[1] == [("0.500", ""), ("0.750", "bold"), ("", "")]
     assert cells[2] == [("1.000", ""), ("0.500", "bold"), ("", "")]
+
+
+def test_the_table_fits_a_narrow_terminal():
+    row = {"name": "  same, by the loop", "seconds_per_1000": 1234.5678}
+    row |= dict.fromkeys(("accuracy", "nll", "ece", "brier", "ood_auroc_entropy"), 0.5)
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(tables.table([row]))
+    text = capture.get()
+    assert "…" not in text and "1234.57" in text and "OOD AUROC" in text
