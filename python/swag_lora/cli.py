@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--data", required=True, help="folder with train and val as .jsonl or .jsonl.gz, or hub data set")
     fit.add_argument("--output", type=Path, required=True, help="folder for the posterior")
     fit.add_argument("--epochs", type=_count, default=15, help="of the point estimate (default 15)")
-    fit.add_argument("--start", type=_fraction, default=1 / 3, help="SWAG leaves after this fraction of them (1/3)")
+    fit.add_argument("--start", type=_fraction, help="SWAG leaves after this fraction of them (the best on val)")
     fit.add_argument("--collections", type=_at_least(2), default=10, help="SWAG epochs, one collection each (10)")
     fit.add_argument("--rank", type=_at_least(2), default=10, help="deviations kept (10)")
     fit.add_argument("--lr", type=_positive, default=1e-3, help="peak learning rate (1e-3)")

@@ -45,9 +45,19 @@ def dataset(source: str | Path | None, seed: int = 0) -> Dataset:
 
 
 def recipe(source: str | Path | None, seed: int = 0, threads: int = 1) -> Recipe:
-    """How the demo trains: fewer epochs on its own small set."""
+    """How the demo trains: on its own small set fewer epochs and larger steps, which SWAG begins early."""
     if source is None:
-        return Recipe(epochs=9, collections=6, rank=6, lr=2e-3, swag_lr=1e-3, batch_size=16, seed=seed, threads=threads)
+        return Recipe(
+            epochs=9,
+            start=1 / 3,
+            collections=6,
+            rank=6,
+            lr=2e-3,
+            swag_lr=1e-3,
+            batch_size=16,
+            seed=seed,
+            threads=threads,
+        )
     return Recipe(seed=seed, threads=threads)
 
 
