@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
+from transformers.utils import logging
 
 from harness import Row, alternate, compare
 from swag_lora import Prediction, Predictor, SampledModel, SampledWeights, SwagPosterior, predict
@@ -14,6 +15,9 @@ from swag_lora.published import PublishedSwag
 
 SAMPLES, LENGTH, RANK = 16, 32, 20
 DRAWS, EXAMPLES = 256, 24
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
 
 
 @pytest.fixture(scope="module")
