@@ -24,7 +24,7 @@ from .tasks import Task
 from .weights import SampledWeights
 
 POINT_ESTIMATES = {"map": "MAP, last epoch", "map-best": "MAP, best epoch"}
-SCALES = (0.5, 1.0, 2.0, 4.0, 8.0)
+SCALES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 _SELECTION_SAMPLES = 8
 
 # Activations of more tokens than this fall out of a CPU's caches, and then several passes are faster than one. Constants,
