@@ -90,7 +90,18 @@ def _default(device_type: str) -> tuple[str, str]:
 
 def select(device: torch.device, dtype: torch.dtype = torch.float32) -> ModuleType:
     """Module whose functions serve an op on this device and dtype."""
+    if dtype != torch.float64 and _forced.get() is None and (module := _usual(device.type)):
+        return module
     return _module(choose(device, dtype))
+
+
+@cache
+def _usual(device_type: str) -> ModuleType | None:
+    """What serves a type of device if nobody asks for another, or None if there is something to say about it."""
+    if _from_environment() is not None:
+        return None
+    name, reasons = _default(device_type)
+    return None if reasons else _module(name)
 
 
 def info() -> None:

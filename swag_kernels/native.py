@@ -130,6 +130,8 @@ def draw(
 def _rows(t: Tensor) -> tuple[Tensor, int]:
     """``t`` with its last two axes contiguous, and its stride over the samples: 0 where that axis has size 1."""
     samples, rows, columns = t.shape
+    if t.is_contiguous():
+        return t, rows * columns if samples > 1 else 0
     stride, row, step = t.stride()
     if (row != columns and rows > 1) or (step != 1 and columns > 1):
         t = t.contiguous()

@@ -34,7 +34,11 @@ _library.define(
     "bayes_average_(Tensor(a!) log_sum, Tensor(b!) m2, Tensor(c!) votes, Tensor(d!) entropy, Tensor(e!) count, "
     "Tensor logits, int group) -> ()"
 )
-_ops = torch.ops.swag_kernels  # called by overload: resolving one costs as much as a small op
+_ops = torch.ops.swag_kernels
+# Overloads resolved once, because that costs as much as a small op.
+_collect, _draw, _bayes_average = _ops.collect_.default, _ops.draw.default, _ops.bayes_average_.default
+_sampled_lora, _sampled_lora_inplace = _ops.sampled_lora.default, _ops.sampled_lora_.default
+_sampled_lora_backward = _ops.sampled_lora_backward.default
 
 
 def _require(condition: bool, message: str) -> None:
@@ -81,7 +85,7 @@ def collect_(
         ValueError: a size, dtype or device does not fit; nothing was written.
     """
     with torch.no_grad():
-        _ops.collect_.default(list(params), mean, m2, deviations, count, layout)
+        _collect(list(params), mean, m2, deviations, count, layout)
 
 
 def _collect_impl(
@@ -149,7 +153,7 @@ def draw(
     """
     _require(0 <= seed < _UINT64, f"draw: seed must lie in [0, 2**64), got {seed}")
     signed = seed - _UINT64 if seed >= _UINT64 // 2 else seed
-    return _ops.draw.default(
+    return _draw(
         mean,
         std,
         deviations,
@@ -227,9 +231,9 @@ def sampled_lora(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Tensor) 
     """
     recorded = torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad or base.requires_grad)
     if not recorded and base.is_contiguous() and base.shape[0] == A.shape[0]:
-        _ops.sampled_lora_.default(x, A, B, scaling, base)
+        _sampled_lora_inplace(x, A, B, scaling, base)
         return base
-    return _ops.sampled_lora.default(x, A, B, scaling, base)
+    return _sampled_lora(x, A, B, scaling, base)
 
 
 def _check_lora(x: Tensor, A: Tensor, B: Tensor, base: Tensor) -> torch.dtype:
@@ -290,7 +294,7 @@ def _sampled_lora_setup(ctx, inputs, output) -> None:
 def _sampled_lora_grad(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     dx = dA = dB = None
     if any(ctx.needs_input_grad[:3]):
-        dx, dA, dB = _ops.sampled_lora_backward.default(grad, *ctx.saved_tensors, ctx.scaling)
+        dx, dA, dB = _sampled_lora_backward(grad, *ctx.saved_tensors, ctx.scaling)
     return dx, dA, dB, None, grad.sum_to_size(ctx.base_shape) if ctx.needs_input_grad[4] else None
 
 
@@ -310,9 +314,7 @@ def bayes_average_(state: AverageState, logits: Tensor) -> None:
         ValueError: a shape, dtype or device does not fit; the state is unchanged.
     """
     with torch.no_grad():
-        _ops.bayes_average_.default(
-            state.log_sum, state.m2, state.votes, state.mean_entropy, state.count, logits, state.group
-        )
+        _bayes_average(state.log_sum, state.m2, state.votes, state.mean_entropy, state.count, logits, state.group)
 
 
 def _bayes_average_impl(
