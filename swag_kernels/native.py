@@ -35,6 +35,7 @@ def missing() -> str | None:
     return loaded if isinstance(loaded, str) else None
 
 
+@cache
 def _kernels() -> ModuleType:
     loaded = _load()
     if isinstance(loaded, str):
