@@ -13,10 +13,10 @@ from types import ModuleType
 
 import torch
 
-BACKENDS = {"cpu": "native", "reference": "reference"}
+BACKENDS = {"triton": "triton", "cpu": "native", "reference": "reference"}
 """Back ends by name, and the module of this package that holds each one's ops."""
 
-_PREFERENCE = {"cpu": ("cpu", "reference")}
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 _DEFAULT = ("reference",)
 
 OPS = ("collect_", "draw", "sampled_lora", "sampled_lora_", "sampled_lora_backward", "bayes_average_")
@@ -65,8 +65,11 @@ def choose(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
         return "reference"
     forced = _forced.get() or _from_environment()
     if forced is not None:
-        if forced not in _PREFERENCE.get(device.type, _DEFAULT):
-            raise RuntimeError(f"the back end '{forced}' does not serve tensors on {device}; use backend('reference')")
+        if not _serves(forced, device.type):
+            how = "TRITON_INTERPRET=1, set before Python starts, runs it there; or " if forced == "triton" else ""
+            raise RuntimeError(
+                f"the back end '{forced}' does not serve tensors on {device}; {how}use backend('reference')"
+            )
         if reason := _missing(forced):
             raise RuntimeError(f"the back end '{forced}' is not available: {reason}")
         return forced
@@ -74,6 +77,12 @@ def choose(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     if reasons:
         warnings.warn(f"swag_kernels runs on the slow '{name}' back end; {reasons}", RuntimeWarning, stacklevel=2)
     return name
+
+
+def _serves(name: str, device_type: str) -> bool:
+    if name == "triton" and device_type == "cpu":
+        return _module(name).interpreted()
+    return name in _PREFERENCE.get(device_type, _DEFAULT)
 
 
 @cache

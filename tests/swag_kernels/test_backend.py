@@ -37,7 +37,7 @@ def test_override_is_undone_even_after_an_exception():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="known are: cpu, reference"), backend("cudnn"):
+    with pytest.raises(ValueError, match="known are: triton, cpu, reference"), backend("cudnn"):
         pass
     result = run("import swag_kernels, torch; swag_kernels.backend.__module__; from swag_kernels.backend import choose;"
                  "choose(torch.device('cpu'))", SWAG_KERNELS_BACKEND="cudnn")  # fmt: skip
@@ -78,3 +78,20 @@ def test_info_names_every_op(capsys):
     for op in ("collect_", "draw", "sampled_lora", "bayes_average_"):
         assert f"{op} → cpu" in printed
     assert native.isa() in printed
+
+
+def test_triton_without_a_gpu_names_the_interpreter():
+    code = "import torch; from swag_kernels.backend import choose; print(choose(torch.device('cpu')))"
+    assert "TRITON_INTERPRET=1" in run(code, SWAG_KERNELS_BACKEND="triton", TRITON_INTERPRET="").stderr
+    pytest.importorskip("triton")
+    assert run(code, SWAG_KERNELS_BACKEND="triton", TRITON_INTERPRET="1").stdout.strip() == "triton"
+
+
+def test_without_triton_the_back_end_says_what_to_install():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from swag_kernels.backend import _missing, _default\n"
+        "print(_missing('triton')); print(_default('cuda'))"
+    )
+    assert "pip install triton" in run(code).stdout.splitlines()[0]
+    assert "('reference', \"'triton' is not available" in run(code).stdout

@@ -1,0 +1,171 @@
+"""w_s = mean + diag_scale std eps_s + low_rank_scale deviations^T z_s for all samples s, reading the state once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from swag_kernels.layout import BLOCK
+from swag_kernels.triton.launch import on_device_of, options
+from swag_kernels.triton.normal import normals
+from swag_kernels.triton.tables import block_table
+
+_EPS, _Z = tl.constexpr(0), tl.constexpr(1)
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "first", "stride"])
+def z_kernel(p_z, seed_low, seed_high, first, stride, scale, B_D: tl.constexpr):
+    """z [quads of rank, 4, stride]: column k holds low_rank_scale times the z of draw first + k; one program a quad."""
+    i_quad = tl.program_id(0)
+    o_draw = tl.program_id(1) * B_D + tl.arange(0, B_D)
+    word = (first + o_draw).to(tl.uint32)
+    zero = tl.zeros_like(word)
+    n0, n1, n2, n3 = normals(zero + i_quad.to(tl.uint32), word, zero, zero + _Z, seed_low, seed_high)
+    p_row = p_z + i_quad * 4 * stride + o_draw
+    tl.store(p_row, n0 * scale)
+    tl.store(p_row + stride, n1 * scale)
+    tl.store(p_row + 2 * stride, n2 * scale)
+    tl.store(p_row + 3 * stride, n3 * scale)
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "first", "draws", "num_samples", "odd", "rank", "stride"])
+def draw_kernel(
+    p_mean,
+    p_std,
+    p_deviations,
+    p_z,
+    p_blocks,
+    p_out,
+    size,
+    seed_low,
+    seed_high,
+    first,
+    draws,
+    num_samples,
+    odd,
+    rank,
+    stride,
+    diag_scale,
+    ANTITHETIC: tl.constexpr,
+    B_N: tl.constexpr,
+    B_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """All samples of B_N elements of one tensor, B_D draws at a time."""
+    o_begin = tl.program_id(0).to(tl.int64) * B_N
+    p_block = p_blocks + (o_begin // BLOCK) * 4
+    tensor = tl.load(p_block).to(tl.uint32)
+    within = (o_begin % BLOCK).to(tl.int32)
+    held = tl.load(p_block + 1) - within
+    quad = tl.load(p_block + 2).to(tl.uint32) + (within // 4).to(tl.uint32)
+
+    o_n = tl.arange(0, B_N)
+    m_n = o_n < held
+    o_arena = o_begin + o_n
+    mean = tl.load(p_mean + o_arena)  # [B_N]
+    std = tl.load(p_std + o_arena) * diag_scale
+    quads = quad + tl.arange(0, B_N // 4).to(tl.uint32)
+    zero = tl.zeros_like(quads)
+
+    for i_draw in tl.range(0, draws, B_D):
+        deltas = ()
+        for i in tl.static_range(B_D):
+            word = zero + (first + i_draw + i).to(tl.uint32)
+            n0, n1, n2, n3 = normals(quads, word, zero + tensor, zero + _EPS, seed_low, seed_high)
+            eps = tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))  # [B_N]
+            deltas = deltas + (eps * std,)
+        p_column, p_row = p_deviations + o_arena, p_z + i_draw
+        for _ in tl.range(0, rank):
+            column = tl.load(p_column)  # [B_N]
+            added = ()
+            for i in tl.static_range(B_D):
+                z = tl.zeros_like(column) + tl.load(p_row + i)
+                added = added + (tl.fma(z, column, deltas[i]),)
+            deltas = added
+            p_column += size
+            p_row += stride
+        for i in tl.static_range(B_D):
+            if ANTITHETIC:
+                row = 2 * (i_draw + i) - odd
+                _put(p_out, mean + deltas[i], row, num_samples, size, o_arena, m_n)
+                _put(p_out, mean - deltas[i], row + 1, num_samples, size, o_arena, m_n)
+            else:
+                _put(p_out, mean + deltas[i], i_draw + i, num_samples, size, o_arena, m_n)
+
+
+@triton.jit
+def _put(p_out, w, row, num_samples, size, o_arena, m_n):
+    if (row >= 0) & (row < num_samples):
+        p_row = p_out + tl.cast(row, tl.int64) * size + o_arena
+        tl.store(p_row, tl.where(m_n, w, 0.0).to(p_out.dtype.element_ty))
+
+
+def draw(
+    mean: Tensor,
+    std: Tensor,
+    deviations: Tensor | None,
+    num_samples: int,
+    *,
+    seed: int,
+    first_sample: int,
+    diag_scale: float,
+    low_rank_scale: float,
+    antithetic: bool,
+    layout: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    size = mean.numel()
+    out = torch.empty(num_samples, size, dtype=dtype, device=mean.device)
+    if not size:
+        return out
+    first = first_sample // 2 if antithetic else first_sample
+    draws = (first_sample + num_samples + 1) // 2 - first if antithetic else num_samples
+    tile = tile_of(draws, dtype.itemsize)
+    rank = 0 if deviations is None else len(deviations)
+    stride = -(-draws // tile["B_D"]) * tile["B_D"]
+    quads = -(-rank // 4)
+    z = torch.empty(4 * quads, stride, device=mean.device)
+    key = _signed(seed), _signed(seed >> 32)
+    compiled = options(tile["num_warps"], exact=True)
+    with on_device_of(mean):
+        if rank:
+            z_kernel[quads, stride // tile["B_D"]](
+                z, *key, _signed(first), stride, low_rank_scale, B_D=tile["B_D"], **compiled
+            )
+        draw_kernel[size // tile["B_N"],](
+            mean,
+            std,
+            mean if deviations is None else deviations,
+            z,
+            block_table(layout, size, mean.device),
+            out,
+            size,
+            *key,
+            _signed(first),
+            draws,
+            num_samples,
+            first_sample % 2,
+            rank,
+            stride,
+            diag_scale,
+            ANTITHETIC=antithetic,
+            B_N=tile["B_N"],
+            B_D=tile["B_D"],
+            BLOCK=BLOCK,
+            **compiled,
+        )
+    return out
+
+
+def tile_of(draws: int, itemsize: int) -> dict[str, int]:
+    """Draws and elements of a program: stores of 16 bytes and at most 64 values a thread, which leaves none in memory."""
+    each = 16 // itemsize
+    return {"B_D": min(triton.next_power_of_2(draws), 64 // each), "B_N": 128 * each, "num_warps": 4}
+
+
+def _signed(word: int) -> int:
+    """The low 32 bits as an int32, so that Triton takes every value as the same type."""
+    word &= 0xFFFF_FFFF
+    return word - (1 << 32) if word >> 31 else word
