@@ -84,8 +84,13 @@ def collect_(
     Raises:
         ValueError: a size, dtype or device does not fit; nothing was written.
     """
+    params = list(params)
     with torch.no_grad():
-        _collect(list(params), mean, m2, deviations, count, layout)
+        if mean.is_cuda and not torch.compiler.is_compiling():
+            again = getattr(select(mean.device), "recollect", None)
+            if again is not None and again(params, mean, m2, deviations, count, layout):
+                return
+        _collect(params, mean, m2, deviations, count, layout)
 
 
 def _collect_impl(

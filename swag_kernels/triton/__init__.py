@@ -13,13 +13,13 @@ import torch
 _reason = ""
 try:
     from swag_kernels.triton.bayes_average import bayes_average_
-    from swag_kernels.triton.collect import collect_
+    from swag_kernels.triton.collect import collect_, recollect
     from swag_kernels.triton.draw import draw
     from swag_kernels.triton.sampled_lora import sampled_lora, sampled_lora_, sampled_lora_backward
 except ImportError as error:
     _reason = f"Triton could not be imported ({error}); install it with 'pip install triton'"
 
-__all__ = ["bayes_average_", "collect_", "draw", "sampled_lora", "sampled_lora_", "sampled_lora_backward"]
+__all__ = ["bayes_average_", "collect_", "draw", "recollect", "sampled_lora", "sampled_lora_", "sampled_lora_backward"]
 
 
 def interpreted() -> bool:

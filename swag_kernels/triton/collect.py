@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +17,6 @@ from swag_kernels.triton.tables import block_table
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MIXED = -1
-_addresses: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 @triton.jit
@@ -87,60 +89,118 @@ def collect_kernel(
         tl.store(p_deviations + (seen % rank) * size + o_arena, tl.where(m_n, deviation, 0.0))
 
 
+@dataclass
+class _Known:
+    """The table of a layout's last collection, and all that it was made from and checked for."""
+
+    content: tuple[Any, ...]
+    buffers: tuple[Any, ...]
+    addresses: Tensor
+    blocks: Tensor
+    dtype: int
+    aligned: bool
+    captured: list[Tensor] = field(
+        default_factory=list
+    )  # a CUDA graph goes on reading the tables that it was made with
+
+
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
 def collect_(
     params: list[Tensor], mean: Tensor, m2: Tensor, deviations: Tensor | None, count: Tensor, layout: Tensor
 ) -> None:
     with on_device_of(mean):
-        _collect(params, mean, m2, deviations, count, layout)
-    count += 1
+        if mean.numel():
+            contiguous = [p if p.is_contiguous() else p.contiguous() for p in params]
+            known = _table(contiguous, layout, _buffers(mean, m2, deviations, count))
+            _launch(known, mean, m2, deviations, count)
+        count += 1
 
 
-def _collect(
+def recollect(
     params: list[Tensor], mean: Tensor, m2: Tensor, deviations: Tensor | None, count: Tensor, layout: Tensor
-) -> None:
-    size = mean.numel()
-    if size:
-        contiguous = [p if p.is_contiguous() else p.contiguous() for p in params]
-        addresses, dtype, aligned = _address_table(contiguous, layout, size, mean.device)
-        collect_kernel[size // BLOCK,](
-            addresses,
-            block_table(layout, size, mean.device),
-            mean,
-            m2,
-            mean if deviations is None else deviations,
-            count,
-            size,
-            1 if deviations is None else len(deviations),
-            DTYPE=dtype,
-            ALIGNED=aligned,
-            HAS_DEVIATIONS=deviations is not None,
-            B_N=BLOCK,
-            **options(4, exact=True),
-        )
+) -> bool:
+    """Collects and is true if nothing but values changed since a collection of this layout, which was checked then.
 
-
-def _address_table(
-    params: list[Tensor], layout: Tensor, size: int, device: torch.device
-) -> tuple[Tensor, int, bool]:
-    """int64 ``[size / BLOCK, 2]``, address and dtype of each block's part of its tensor; the dtype of all tensors or
-    MIXED; and whether every address is a multiple of 16.
-
-    The table of a layout is kept, and made anew where an address or dtype in it is no longer that of the tensors given:
-    what is compared is all that it was made from, so memory that is freed and used again cannot be mistaken.
+    With some hundred tensors, the checks of the op take longer than its kernel.
     """
-    content = tuple(map(Tensor.data_ptr, params)), tuple([p.dtype for p in params]), layout._version, size, device
-    known = _addresses.get(layout)
-    if known is not None and known[0] == content:
-        return known[1]
-    pointers, dtypes = content[:2]
+    known = _known.get(layout)
+    if (
+        known is None
+        or known.buffers != _buffers(mean, m2, deviations, count)
+        or known.content != _content(params, layout)
+        or not all(map(Tensor.is_contiguous, params))
+    ):
+        return False
+    with on_device_of(mean):
+        _launch(known, mean, m2, deviations, count)
+        count += 1
+    return True
+
+
+def _launch(known: _Known, mean: Tensor, m2: Tensor, deviations: Tensor | None, count: Tensor) -> None:
+    if mean.is_cuda and torch.cuda.is_current_stream_capturing():
+        known.captured += [known.addresses, known.blocks]
+    size = mean.numel()
+    collect_kernel[size // BLOCK,](
+        known.addresses,
+        known.blocks,
+        mean,
+        m2,
+        mean if deviations is None else deviations,
+        count,
+        size,
+        1 if deviations is None else len(deviations),
+        DTYPE=known.dtype,
+        ALIGNED=known.aligned,
+        HAS_DEVIATIONS=deviations is not None,
+        B_N=BLOCK,
+        **options(4, exact=True),
+    )
+
+
+def _content(params: list[Tensor], layout: Tensor) -> tuple[Any, ...]:
+    """Everything a table is made from: memory that is freed and used again cannot be mistaken for what it held."""
+    return (
+        tuple(map(Tensor.data_ptr, params)),
+        [p.dtype for p in params],
+        tuple(map(Tensor.numel, params)),
+        layout._version,
+    )
+
+
+def _buffers(mean: Tensor, m2: Tensor, deviations: Tensor | None, count: Tensor) -> tuple[Any, ...]:
+    return tuple(
+        t if t is None else (t.data_ptr(), t.dtype, t.shape, t.device, t.stride())
+        for t in (mean, m2, deviations, count)
+    )
+
+
+def _table(params: list[Tensor], layout: Tensor, buffers: tuple[Any, ...]) -> _Known:
+    """The kept table, or one made anew: int64 ``[size / BLOCK, 2]``, the address of each block's part of its tensor and
+    the dtype of that."""
+    content, known = _content(params, layout), _known.get(layout)
+    (_, _, (size,), device, _), *_ = buffers
+    if known is not None and known.content == content and known.addresses.device == device:
+        known.buffers = buffers
+        return known
+    pointers, dtypes, *_ = content
     starts = torch.tensor([pointers, [DTYPES[d] for d in dtypes], [d.itemsize for d in dtypes]], dtype=torch.int64)
-    tensor, _, _, within = block_table(layout, size, device).long().unbind(1)
+    blocks = block_table(layout, size, device)
+    tensor, _, _, within = blocks.long().unbind(1)
     if params:
         start, code, itemsize = starts.to(device)[:, tensor]
     else:
         start, code, itemsize = torch.zeros(3, len(tensor), dtype=torch.int64, device=device)
-    table = torch.stack((start + within * BLOCK * itemsize, code), dim=1)
-    dtype = DTYPES[dtypes[0]] if len(set(dtypes)) == 1 else MIXED
-    found = table, dtype, all(pointer % 16 == 0 for pointer in pointers)
-    _addresses[layout] = (content, found)
-    return found
+    made = _Known(
+        content,
+        buffers,
+        torch.stack((start + within * BLOCK * itemsize, code), dim=1),
+        blocks,
+        DTYPES[dtypes[0]] if len(set(dtypes)) == 1 else MIXED,
+        all(pointer % 16 == 0 for pointer in pointers),
+        [] if known is None else known.captured,
+    )
+    _known[layout] = made
+    return made

@@ -56,7 +56,9 @@ def cases() -> Iterator[Case]:
 
 
 def collect_cases() -> Iterator[Case]:
-    types = types_of("p_addresses *i64, p_blocks *i32, p_mean *fp32, p_m2 *fp32, p_deviations *fp32, p_count *i64, size i32, rank i32")
+    types = types_of(
+        "p_addresses *i64, p_blocks *i32, p_mean *fp32, p_m2 *fp32, p_deviations *fp32, p_count *i64, size i32, rank i32"
+    )
     for (name, dtype), aligned, kept in product(
         {"fp32": 0, "bf16": 1, "fp16": 2, "mixed": collect.MIXED}.items(), (True, False), (True, False)
     ):
@@ -119,7 +121,12 @@ def lora_cases() -> Iterator[Case]:
             }  # fmt: skip
             divisible = "p_x p_a p_h features stride_x stride_a stride_a_rank"
             yield Case(
-                f"shrink {title} {parts} parts", sampled_lora.shrink_kernel, types | tensors, constants, divisible, options
+                f"shrink {title} {parts} parts",
+                sampled_lora.shrink_kernel,
+                types | tensors,
+                constants,
+                divisible,
+                options,
             )
         for packed, has_base in ((True, True), (False, False)):
             constants = common | {

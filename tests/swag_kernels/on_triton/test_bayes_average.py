@@ -1,7 +1,7 @@
 import pytest
 import torch
-from triton_device import DTYPES
 from tolerance import assert_as_accurate_as_torch
+from triton_device import DTYPES
 
 from swag_kernels import AverageState, backend, bayes_average_
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from triton_device import DTYPES, assert_same_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from triton_device import DTYPES, assert_same_bits
 
 from swag_kernels import arena_size, backend, collect_, reference, segment_table
+from swag_kernels.triton import recollect
 
 SIZES = st.sampled_from([0, 1, 3, 31, 1023, 1024, 1025, 2500])
 UNTOUCHED = 7.0
@@ -104,6 +105,27 @@ def test_parameters_that_move(device):
         mean, m2, _, count, held = buffers(layout, 0, device)
         collect_(params, mean, m2, None, count, layout)
         assert torch.equal(mean, torch.cat(params).float())
+
+
+def test_a_collection_is_repeated_only_if_nothing_moved(device):
+    layout = segment_table([1024, 1200])
+    params = [torch.randn(1024, device=device), torch.randn(30, 40, device=device)]
+    state = buffers(layout, 2, device)[:4]
+    theirs = buffers(layout, 2)[:4]
+    for repeats, changed in enumerate(
+        (params, params, [params[0], params[1].T], [params[0], params[1].half()], params)
+    ):
+        assert recollect(changed, *state, layout) == (repeats == 1)
+        if repeats != 1:
+            collect_(changed, *state, layout)
+        with backend("cpu"):
+            collect_([p.cpu() for p in changed], *theirs, layout)
+    for a, b in zip(state[:3], theirs[:3], strict=True):
+        assert_same_bits(a, b)
+    other = buffers(layout, 2, device)[:4]
+    assert not recollect(params, *other, layout) and not recollect(params, *state, segment_table([1024, 1200]))
+    layout[0, 1] = 1000
+    assert not recollect(params, *state, layout)
 
 
 def test_gaps_in_the_layout(device):

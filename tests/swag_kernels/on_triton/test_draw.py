@@ -4,10 +4,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from triton_device import DTYPES, assert_same_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_philox import KNOWN_ANSWERS, box_muller, normal, words_with_corners
+from triton_device import DTYPES, assert_same_bits
 
 from swag_kernels import arena_size, backend, draw, reference, segment_table
 from swag_kernels.triton.normal import box_muller as triton_box_muller

@@ -1,10 +1,10 @@
 import pytest
 import torch
-from triton_device import DTYPES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_sampled_lora import SCALING, SIZES, inputs, plain
 from tolerance import assert_as_accurate_as_torch
+from triton_device import DTYPES
 
 from swag_kernels import sampled_lora
 from swag_kernels.reference import sampled_lora as exact_lora
@@ -110,9 +110,7 @@ def test_non_finite_values_stay_in_their_row(device):
     assert torch.equal(out, clean)
 
 
-@settings(
-    max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     S=st.integers(1, 5),
     M=st.integers(1, 20),
