@@ -128,7 +128,7 @@ def draw(
     quads = -(-rank // 4)
     z = torch.empty(4 * quads, stride, device=mean.device)
     key = _signed(seed), _signed(seed >> 32)
-    compiled = options(tile["num_warps"], exact=True)
+    compiled = options(tile["num_warps"], exact=True, registers=255)
     with on_device_of(mean):
         if rank:
             z_kernel[quads, stride // tile["B_D"]](

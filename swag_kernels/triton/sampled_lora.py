@@ -20,6 +20,7 @@ from swag_kernels.triton.launch import on_device_of, options
 CHUNK = 1024  # of the long axis, summed on its own
 _SPREAD = 512  # programs below which every chunk gets one of its own
 COLUMNS = 128  # of a tile of y or of a gradient
+OUTER_ROWS = 32  # at most, of a step of the sum over the rows
 MAX_RANK = 64  # beyond, a low-rank product is a matrix product like any other
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -151,7 +152,7 @@ def outer_kernel(
     p_h += i_sample * PARTS * rows * B_R
     p_x += i_sample * stride_x
     total = tl.zeros([B_R, B_N], tl.float32)
-    for m in tl.range(0, rows, B_M):
+    for m in tl.range(0, rows, B_M, num_stages=2):
         o_m = m + tl.arange(0, B_M)
         h = _load_h(p_h, o_m, rows, PARTS, B_R).to(TYPE)
         p_rows = p_x + o_m.to(tl.int64)[:, None] * features + o_n[None, :]
@@ -166,7 +167,7 @@ def tile_of(rows: int, rank: int, itemsize: int) -> dict[str, int]:
     b_rank = max(16, triton.next_power_of_2(rank))
     b_rows = 16 if rows <= 16 or itemsize == 4 else 64
     b_features = max(16, min(64, 4096 // b_rank) * 2 // itemsize)
-    return {"B_M": b_rows, "B_R": b_rank, "B_K": b_features, "num_warps": 8 if b_rows * b_rank >= 4096 else 4}
+    return {"B_M": b_rows, "B_R": b_rank, "B_K": b_features, "num_warps": 8 if b_rows * b_rank >= 2048 else 4}
 
 
 def sampled_lora(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Tensor) -> Tensor:
@@ -291,7 +292,7 @@ def _outer(h: Tensor, x: Tensor, scaling: float, g: Tensor) -> None:
         RANK=rank,
         PARTS=parts,
         TYPE=TYPES[g.dtype],
-        B_M=tile["B_M"],
+        B_M=min(tile["B_M"], OUTER_ROWS),
         B_R=b_rank,
         B_N=COLUMNS,
         **options(tile["num_warps"], registers=255),

@@ -77,7 +77,7 @@ def draw_cases() -> Iterator[Case]:
         for tile in unique(draw.tile_of(number, itemsize) for number in range(1, 129)):
             constants = {"ANTITHETIC": antithetic, "B_N": tile["B_N"], "B_D": tile["B_D"], "BLOCK": BLOCK}
             title = f"draw {name} {tile['B_D']} at once{' antithetic' if antithetic else ''}"
-            options = {"num_warps": tile["num_warps"], "exact": True}
+            options = {"num_warps": tile["num_warps"], "exact": True, "registers": 255}
             divisible = "p_mean p_std p_deviations p_z p_blocks p_out size"
             yield Case(title, draw.draw_kernel, types | {"p_out": f"*{name}"}, constants, divisible, options)
             if not antithetic:
@@ -138,7 +138,10 @@ def lora_cases() -> Iterator[Case]:
             yield Case(
                 f"expand {title}{suffix}", sampled_lora.expand_kernel, types | tensors, constants, divisible, options
             )
-        constants = common | {"PARTS": 4, "TYPE": dtype, "B_N": sampled_lora.COLUMNS, "stride_g_feature": 1}
+        constants = common | {
+            "PARTS": 4, "TYPE": dtype, "B_M": min(tile["B_M"], sampled_lora.OUTER_ROWS), "B_N": sampled_lora.COLUMNS,
+            "stride_g_feature": 1,
+        }  # fmt: skip
         divisible = "p_h p_x p_g features stride_x stride_g_rank"
         yield Case(f"outer {title}", sampled_lora.outer_kernel, types | tensors, constants, divisible, options)
 
