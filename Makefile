@@ -4,7 +4,7 @@ PYTHON ?= python3
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h') CMakeLists.txt setup.py
 JOBS ?= 2
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench gpu lint clean
 
 demo: $(VENV)/.built
 	$(BIN)/swag-lora demo
@@ -14,6 +14,11 @@ test: $(VENV)/.built
 
 bench: $(VENV)/.built
 	$(BIN)/pytest benchmarks -p no:xdist --benchmark-only --benchmark-disable-gc -s
+
+# On a machine with a GPU, from the source tree and with the packages that PYTHON has: nothing is installed.
+gpu:
+	$(PYTHON) -c "import swag_kernels._C" 2>/dev/null || $(PYTHON) setup.py --quiet build_ext --inplace
+	PYTHONPATH=.:python $(PYTHON) -m pytest tests/swag_kernels/on_triton --ignore tests/swag_kernels/on_triton/test_ahead_of_time.py
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .

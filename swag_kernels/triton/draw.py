@@ -13,24 +13,24 @@ from swag_kernels.triton.normal import normals
 from swag_kernels.triton.tables import block_table
 
 _EPS, _Z = tl.constexpr(0), tl.constexpr(1)
+Z_DRAWS = 32  # of one program of z
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "first", "stride"])
-def z_kernel(p_z, seed_low, seed_high, first, stride, scale, B_D: tl.constexpr):
-    """z [quads of rank, 4, stride]: column k holds low_rank_scale times the z of draw first + k; one program a quad."""
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "first", "draws"])
+def z_kernel(p_z, seed_low, seed_high, first, draws, scale, STRIDE: tl.constexpr, B_D: tl.constexpr):
+    """z [draws, STRIDE]: row k holds low_rank_scale times the z of draw first + k; one program for each quad of ranks."""
     i_quad = tl.program_id(0)
     o_draw = tl.program_id(1) * B_D + tl.arange(0, B_D)
     word = (first + o_draw).to(tl.uint32)
     zero = tl.zeros_like(word)
     n0, n1, n2, n3 = normals(zero + i_quad.to(tl.uint32), word, zero, zero + _Z, seed_low, seed_high)
-    p_row = p_z + i_quad * 4 * stride + o_draw
-    tl.store(p_row, n0 * scale)
-    tl.store(p_row + stride, n1 * scale)
-    tl.store(p_row + 2 * stride, n2 * scale)
-    tl.store(p_row + 3 * stride, n3 * scale)
+    z = tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3)) * scale
+    o_z = tl.arange(0, 4 * B_D)
+    i_draw = tl.program_id(1) * B_D + o_z // 4
+    tl.store(p_z + i_draw * STRIDE + i_quad * 4 + o_z % 4, z, mask=i_draw < draws)
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "first", "draws", "num_samples", "odd", "rank", "stride"])
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "first", "draws", "num_samples", "odd"])
 def draw_kernel(
     p_mean,
     p_std,
@@ -45,15 +45,15 @@ def draw_kernel(
     draws,
     num_samples,
     odd,
-    rank,
-    stride,
     diag_scale,
+    RANK: tl.constexpr,
+    HELD: tl.constexpr,
+    STRIDE: tl.constexpr,
     ANTITHETIC: tl.constexpr,
     B_N: tl.constexpr,
-    B_D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """All samples of B_N elements of one tensor, B_D draws at a time."""
+    """All samples of B_N elements of one tensor; where HELD, with their deviations in registers."""
     o_begin = tl.program_id(0).to(tl.int64) * B_N
     p_block = p_blocks + (o_begin // BLOCK) * 4
     tensor = tl.load(p_block).to(tl.uint32)
@@ -66,33 +66,32 @@ def draw_kernel(
     o_arena = o_begin + o_n
     mean = tl.load(p_mean + o_arena)  # [B_N]
     std = tl.load(p_std + o_arena) * diag_scale
+    columns = ()
+    if HELD:
+        for r in tl.static_range(RANK):
+            columns = columns + (tl.load(p_deviations + tl.cast(r, tl.int64) * size + o_arena),)
     quads = quad + tl.arange(0, B_N // 4).to(tl.uint32)
     zero = tl.zeros_like(quads)
 
-    for i_draw in tl.range(0, draws, B_D):
-        deltas = ()
-        for i in tl.static_range(B_D):
-            word = zero + (first + i_draw + i).to(tl.uint32)
-            n0, n1, n2, n3 = normals(quads, word, zero + tensor, zero + _EPS, seed_low, seed_high)
-            eps = tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))  # [B_N]
-            deltas = deltas + (eps * std,)
-        p_column, p_row = p_deviations + o_arena, p_z + i_draw
-        for _ in tl.range(0, rank):
-            column = tl.load(p_column)  # [B_N]
-            added = ()
-            for i in tl.static_range(B_D):
-                z = tl.zeros_like(column) + tl.load(p_row + i)
-                added = added + (tl.fma(z, column, deltas[i]),)
-            deltas = added
-            p_column += size
-            p_row += stride
-        for i in tl.static_range(B_D):
-            if ANTITHETIC:
-                row = 2 * (i_draw + i) - odd
-                _put(p_out, mean + deltas[i], row, num_samples, size, o_arena, m_n)
-                _put(p_out, mean - deltas[i], row + 1, num_samples, size, o_arena, m_n)
-            else:
-                _put(p_out, mean + deltas[i], i_draw + i, num_samples, size, o_arena, m_n)
+    for i_draw in tl.range(0, draws):
+        word = zero + (first + i_draw).to(tl.uint32)
+        n0, n1, n2, n3 = normals(quads, word, zero + tensor, zero + _EPS, seed_low, seed_high)
+        eps = tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))  # [B_N]
+        delta = eps * std
+        p_row = p_z + i_draw * STRIDE
+        if HELD:
+            for r in tl.static_range(RANK):
+                delta = tl.fma(tl.zeros_like(delta) + tl.load(p_row + r), columns[r], delta)
+        else:
+            for r in tl.range(0, RANK):
+                column = tl.load(p_deviations + tl.cast(r, tl.int64) * size + o_arena)
+                delta = tl.fma(tl.zeros_like(delta) + tl.load(p_row + r), column, delta)
+        if ANTITHETIC:
+            row = 2 * i_draw - odd
+            _put(p_out, mean + delta, row, num_samples, size, o_arena, m_n)
+            _put(p_out, mean - delta, row + 1, num_samples, size, o_arena, m_n)
+        else:
+            _put(p_out, mean + delta, i_draw, num_samples, size, o_arena, m_n)
 
 
 @triton.jit
@@ -122,17 +121,16 @@ def draw(
         return out
     first = first_sample // 2 if antithetic else first_sample
     draws = (first_sample + num_samples + 1) // 2 - first if antithetic else num_samples
-    tile = tile_of(draws, dtype.itemsize)
     rank = 0 if deviations is None else len(deviations)
-    stride = -(-draws // tile["B_D"]) * tile["B_D"]
-    quads = -(-rank // 4)
-    z = torch.empty(4 * quads, stride, device=mean.device)
+    tile = tile_of(rank, dtype.itemsize)
+    stride = triton.cdiv(rank, 4) * 4
+    z = torch.empty(draws, stride, device=mean.device)
     key = _signed(seed), _signed(seed >> 32)
     compiled = options(tile["num_warps"], exact=True, registers=255)
     with on_device_of(mean):
         if rank:
-            z_kernel[quads, stride // tile["B_D"]](
-                z, *key, _signed(first), stride, low_rank_scale, B_D=tile["B_D"], **compiled
+            z_kernel[stride // 4, triton.cdiv(draws, Z_DRAWS)](
+                z, *key, _signed(first), draws, low_rank_scale, STRIDE=stride, B_D=Z_DRAWS, **compiled
             )
         draw_kernel[size // tile["B_N"],](
             mean,
@@ -147,22 +145,23 @@ def draw(
             draws,
             num_samples,
             first_sample % 2,
-            rank,
-            stride,
             diag_scale,
+            RANK=rank,
+            HELD=tile["HELD"],
+            STRIDE=stride,
             ANTITHETIC=antithetic,
             B_N=tile["B_N"],
-            B_D=tile["B_D"],
             BLOCK=BLOCK,
             **compiled,
         )
     return out
 
 
-def tile_of(draws: int, itemsize: int) -> dict[str, int]:
-    """Draws and elements of a program: stores of 16 bytes and at most 64 values a thread, which leaves none in memory."""
-    each = 16 // itemsize
-    return {"B_D": min(triton.next_power_of_2(draws), 64 // each), "B_N": 128 * each, "num_warps": 4}
+def tile_of(rank: int, itemsize: int) -> dict[str, int]:
+    """Elements of a program, for stores of 16 bytes; where a thread's registers cannot hold all its deviations, fewer, and
+    beyond 32 ranks they are read again for every draw."""
+    each = 16 // itemsize if rank <= 20 else 4
+    return {"B_N": 128 * each, "HELD": rank <= 32, "num_warps": 4}
 
 
 def _signed(word: int) -> int:

@@ -537,3 +537,13 @@ def test_refuses_calls_it_cannot_serve():
         sampled(**{name: tensor[:0] for name, tensor in batch.items()})
     with pytest.raises(ValueError, match="packed sequences"):
         sampled(**batch, cu_seq_lens_q=torch.tensor([0, 7]))
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "t5", "vit"])
+def test_compiles_without_a_graph_break(name):
+    model = FAMILIES[name].lora()
+    sampled = SampledModel(model, samples(model, SAMPLES))
+    batch = FAMILIES[name].batch(2, "right")
+    with torch.no_grad():
+        compiled = torch.compile(sampled, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(**batch).logits, sampled(**batch).logits)

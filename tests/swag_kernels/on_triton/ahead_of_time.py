@@ -71,17 +71,19 @@ def collect_cases() -> Iterator[Case]:
 def draw_cases() -> Iterator[Case]:
     types = types_of(
         "p_mean *fp32, p_std *fp32, p_deviations *fp32, p_z *fp32, p_blocks *i32, size i32, seed_low i32, seed_high i32, "
-        "first i32, draws i32, num_samples i32, odd i32, rank i32, stride i32, diag_scale fp32, scale fp32"
+        "first i32, draws i32, num_samples i32, odd i32, diag_scale fp32, scale fp32"
     )
-    for (name, (itemsize, _)), antithetic in product(TYPES.items(), (False, True)):
-        for tile in unique(draw.tile_of(number, itemsize) for number in range(1, 129)):
-            constants = {"ANTITHETIC": antithetic, "B_N": tile["B_N"], "B_D": tile["B_D"], "BLOCK": BLOCK}
-            title = f"draw {name} {tile['B_D']} at once{' antithetic' if antithetic else ''}"
-            options = {"num_warps": tile["num_warps"], "exact": True, "registers": 255}
-            divisible = "p_mean p_std p_deviations p_z p_blocks p_out size"
-            yield Case(title, draw.draw_kernel, types | {"p_out": f"*{name}"}, constants, divisible, options)
-            if not antithetic:
-                yield Case(f"{title}: z", draw.z_kernel, types, {"B_D": tile["B_D"]}, "p_z", options)
+    options = {"num_warps": 4, "exact": True, "registers": 255}
+    yield Case("draw: z", draw.z_kernel, types, {"STRIDE": 20, "B_D": draw.Z_DRAWS}, "p_z", options)
+    for (name, (itemsize, _)), antithetic, rank in product(TYPES.items(), (False, True), (0, 5, 20, 32, 33)):
+        tile = draw.tile_of(rank, itemsize)
+        constants = {
+            "RANK": rank, "HELD": tile["HELD"], "STRIDE": -(-rank // 4) * 4, "ANTITHETIC": antithetic,
+            "B_N": tile["B_N"], "BLOCK": BLOCK,
+        }  # fmt: skip
+        title = f"draw {name} R={rank}{' antithetic' if antithetic else ''}"
+        divisible = "p_mean p_std p_deviations p_z p_blocks p_out size"
+        yield Case(title, draw.draw_kernel, types | {"p_out": f"*{name}"}, constants, divisible, options)
 
 
 def average_cases() -> Iterator[Case]:
@@ -148,10 +150,6 @@ def lora_cases() -> Iterator[Case]:
 
 def types_of(text: str) -> dict[str, str]:
     return dict(pair.split() for pair in text.split(", "))
-
-
-def unique(tiles: Iterator[dict[str, int]]) -> list[dict[str, int]]:
-    return [dict(items) for items in dict.fromkeys(tuple(tile.items()) for tile in tiles)]
 
 
 def compile_case(case: Case, target: str) -> dict[str, Any]:

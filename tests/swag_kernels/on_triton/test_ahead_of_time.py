@@ -37,15 +37,16 @@ def test_nothing_spills_and_everything_fits(target):
 
 
 def test_loads_and_stores_of_arenas_and_logits_are_16_bytes_wide(target):
-    """But for a thread's scalars, the elements of a tensor's last block, and what lies at no multiple of 16."""
+    """But for a thread's scalars, the elements of a tensor's last block, what lies at no multiple of 16, and draws of
+    bfloat16 with more deviations than a thread can hold for eight elements."""
     name, reports = target
     if name == "gfx942":
         pytest.skip("reads PTX")
     for report in reports:
         case, widths = report["case"], report.get("widths")
         if case.startswith("draw") and not case.endswith("z"):
-            assert set(widths["st"]) == {"16"}, report
-            assert widths["ld"]["16"] >= 3, report
+            assert set(widths["st"]) == {"8" if "bf16 R=3" in case else "16"}, report
+            assert widths["ld"]["16"] >= 2, report
         if case.startswith("collect") and "aligned" in case:
             assert set(widths["st"]) == {"16"}, report
             assert widths["ld"]["16"] >= 4 + ("mixed" not in case), report
