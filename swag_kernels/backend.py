@@ -127,6 +127,17 @@ def info() -> None:
         )
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     for device in devices:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            print(f"  on {device}: {', '.join(f'{op} → {choose(device)}' for op in OPS)}; float64 → reference")
+        print(f"  on {device}: {_choice(device)}")
+
+
+def _choice(device: torch.device) -> str:
+    """What each op will use on the device, and why."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            name = choose(device)
+        except RuntimeError as error:
+            return str(error)
+    asked = _forced.get() or _from_environment()
+    why = "asked for" if asked else _default(device.type)[1] or "the first choice there"
+    return f"{', '.join(f'{op} → {name}' for op in OPS)} ({why}); float64 → reference"

@@ -539,8 +539,8 @@ def test_refuses_calls_it_cannot_serve():
         sampled(**batch, cu_seq_lens_q=torch.tensor([0, 7]))
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "t5", "vit"])
-def test_compiles_without_a_graph_break(name):
+@pytest.mark.parametrize("name", ["llama", "t5", "vit"])
+def test_architectures_compile_without_a_graph_break(name):
     model = FAMILIES[name].lora()
     sampled = SampledModel(model, samples(model, SAMPLES))
     batch = FAMILIES[name].batch(2, "right")
