@@ -19,6 +19,7 @@ bench: $(VENV)/.built
 gpu:
 	$(PYTHON) -c "import swag_kernels._C" 2>/dev/null || $(PYTHON) setup.py --quiet build_ext --inplace
 	PYTHONPATH=.:python $(PYTHON) -m pytest tests/swag_kernels/on_triton --ignore tests/swag_kernels/on_triton/test_ahead_of_time.py
+	PYTHONPATH=.:python $(PYTHON) benchmarks/gpu.py
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .

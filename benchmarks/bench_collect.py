@@ -22,10 +22,10 @@ TARGETS = {"Llama-2-7B r=8 q,v": {PUBLISHED: 30.0, FOREACH: 5.0, COPY: 0.8}}
 class ForeachSwag:
     """The same update on views of flat buffers, each step one fused call over all tensors; a ring of two slots is enough here."""
 
-    def __init__(self, layout: Tensor) -> None:
+    def __init__(self, layout: Tensor, device: torch.device | str = "cpu") -> None:
         size = arena_size(layout)
         segments = [slice(offset, offset + numel) for offset, numel, _ in layout.tolist()]
-        mean, m2, deviations = torch.zeros(size), torch.zeros(size), torch.zeros(2, size)
+        mean, m2, *deviations = torch.zeros(4, size, device=device)
         self.mean, self.m2 = [mean[s] for s in segments], [m2[s] for s in segments]
         self.slots = [[row[s] for s in segments] for row in deviations]
         self.count = 0

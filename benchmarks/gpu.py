@@ -1,0 +1,242 @@
+"""The four ops on a GPU: `make gpu` runs this after the tests and keeps the table in benchmarks/results.
+
+Times are the device's, between events, with cold caches: before each call 256 MiB are written. Functions take turns, and
+each one's result was compared with the others' before.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from bench_collect import ForeachSwag
+from harness import LORA_SIZES, Row, compare, machine
+from swag_kernels import AverageState, arena_size, bayes_average_, collect_, draw, sampled_lora, segment_table
+
+RESULTS = Path(__file__).parent / "results"
+LARGE = "Llama-3-8B r=16 all-linear"
+RANK, SAMPLES = 20, 32
+
+Functions = Mapping[str, Callable[[], object]]
+
+
+def alternate(functions: Functions, device: torch.device, rounds: int = 15, warmup: int = 3) -> dict[str, list[float]]:
+    """Seconds of each function on the device, called in turn."""
+    flush = torch.empty(64 << 20, device=device)
+    events = {name: [] for name in functions}
+    for index in range(warmup + rounds):
+        for name, function in functions.items():
+            flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            function()
+            end.record()
+            if index >= warmup:
+                events[name].append((start, end))
+    torch.cuda.synchronize()
+    return {name: [a.elapsed_time(b) / 1e3 for a, b in pairs] for name, pairs in events.items()}
+
+
+def host_seconds(function: Callable[[], object], calls: int = 50) -> list[float]:
+    """Seconds until the call returns, the device idle before it."""
+    seconds = []
+    for _ in range(calls):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def copy_of(elements: int, device: torch.device) -> Callable[[], object]:
+    """Reads and writes so many float32 elements in all."""
+    source = torch.zeros(max(elements // 2, 1), device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def collect_rows(device: torch.device, size: str = LARGE) -> Iterator[Row]:
+    for dtype, target in ((torch.float32, 0.85), (torch.bfloat16, 0.85)):
+        params = [torch.randn(shape, device=device).to(dtype) for shape in LORA_SIZES[size]]
+        layout = segment_table([p.numel() for p in params])
+        number = arena_size(layout)
+        mean, m2 = torch.zeros(2, number, device=device)
+        deviations = torch.zeros(RANK, number, device=device)
+        count = torch.zeros((), dtype=torch.int64, device=device)
+
+        def ours(params=params, mean=mean, m2=m2, deviations=deviations, count=count, layout=layout):
+            collect_(params, mean, m2, deviations, count, layout)
+
+        functions = {"collect_": ours}
+        if dtype == torch.float32:
+            foreach = ForeachSwag(layout, device)
+            for _ in range(3):
+                ours()
+                foreach.collect(params)
+            torch.testing.assert_close(
+                torch.cat(foreach.mean), torch.cat([mean[o : o + n] for o, n, _ in layout.tolist()])
+            )
+            functions["torch._foreach_*"] = lambda foreach=foreach, params=params: foreach.collect(params)
+        copied = f"copy of {20 + dtype.itemsize} B a weight"
+        weights = sum(p.numel() for p in params)
+        functions[copied] = copy_of(weights * (20 + dtype.itemsize) // 4, device)
+        case = f"collect_ {name_of(dtype)}, {size}, R={RANK}"
+        yield from compare(case, alternate(functions, device), "collect_", {copied: target})
+        host = statistics.median(host_seconds(ours))
+        yield Row(f"{case}: host time", "60 µs", host, 60e-6, 60e-6 / host, 60e-6 / host, 60e-6 / host, 1.0)
+
+
+def draw_rows(device: torch.device, size: str = LARGE) -> Iterator[Row]:
+    layout = segment_table([torch.Size(shape).numel() for shape in LORA_SIZES[size]])
+    number = arena_size(layout)
+    mean, std = torch.randn(number, device=device), torch.rand(number, device=device)
+    deviations = torch.randn(RANK, number, device=device)
+    settings = {"seed": 1, "diag_scale": 0.7, "low_rank_scale": 0.1, "antithetic": False, "layout": layout}
+    settings["dtype"] = torch.bfloat16
+
+    def ours(rank: int = RANK, samples: int = SAMPLES) -> Tensor:
+        columns = deviations[:rank] if rank else None
+        return draw(mean, std, columns, samples, first_sample=0, **settings)
+
+    def theirs() -> Tensor:
+        """One sample, which reads the whole state."""
+        z = torch.randn(RANK, device=device)
+        sample = torch.addcmul(mean, std, torch.randn_like(mean), value=0.7)
+        return sample.addmv_(deviations.T, z, alpha=0.1).bfloat16()
+
+    torch.testing.assert_close(ours(samples=2)[1:], draw(mean, std, deviations, 1, first_sample=1, **settings))
+    spread = (ours(samples=2)[0].float() - theirs().float()).std() / ours(samples=1).float().std()
+    assert 0.3 < spread < 3, f"samples of another Gaussian: {spread}"
+    least = "state once and samples at the speed of a copy"
+    functions = {
+        "draw": ours,
+        "torch, a sample": theirs,
+        least: copy_of(number * (2 + RANK + SAMPLES // 2), device),
+        "its normals alone (R=0)": lambda: ours(rank=0),
+    }
+    seconds = alternate(functions, device, rounds=7)
+    seconds["torch, for each sample"] = [SAMPLES * s for s in seconds.pop("torch, a sample")]
+    targets = {least: 0.8, "torch, for each sample": 10.0}
+    yield from compare(f"draw bfloat16, {size}, R={RANK}, S={SAMPLES}", seconds, "draw", targets)
+
+
+def lora_rows(device: torch.device) -> Iterator[Row]:
+    kinds = {"decode": ((32, 1), (256, 1), (8, 16)), "prefill": ((8, 512), (32, 256))}
+    ratios: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for kind, sizes in kinds.items():
+        for samples, rows in sizes:
+            for features, out in ((4096, 4096), (4096, 11008)):
+                for rank in (8, 16, 64):
+                    row = lora_row(device, kind, samples, rows, features, out, rank)
+                    ratios[kind].append(row.ratio)
+                    yield row
+    for kind, target in (("decode", 1.5), ("prefill", 1.05)):
+        mean = statistics.geometric_mean(ratios[kind])
+        low, high = min(ratios[kind]), max(ratios[kind])
+        yield Row(f"sampled_lora {kind}, geometric mean", "bmm + in-place baddbmm", 0.0, 0.0, mean, low, high, target)
+
+
+def lora_inputs(device: torch.device, samples: int, rows: int, features: int, out: int, rank: int) -> list[Tensor]:
+    shapes = (samples, rows, features), (samples, rank, features), (samples, out, rank), (samples, rows, out)
+    return [torch.randn(shape, device=device).bfloat16() / shape[-1] ** 0.5 for shape in shapes]
+
+
+def lora_row(device: torch.device, kind: str, samples: int, rows: int, features: int, out: int, rank: int) -> Row:
+    x, A, B, base = lora_inputs(device, samples, rows, features, out, rank)
+
+    def theirs(y: Tensor) -> Tensor:
+        return y.baddbmm_(torch.bmm(x, A.mT), B.mT, alpha=0.5)
+
+    exact = torch.baddbmm(base.float(), torch.bmm(x.float(), A.float().mT), B.float().mT, alpha=0.5)
+    error, allowed = ((f(base.clone()) - exact).abs().max() for f in (lambda y: sampled_lora(x, A, B, 0.5, y), theirs))
+    assert error <= 2 * allowed + 2.0**-8 * exact.abs().max(), f"off by {error}, torch by {allowed}"
+    y, z = base.clone(), base.clone()
+    functions = {"sampled_lora": lambda: sampled_lora(x, A, B, 0.5, y), "bmm + in-place baddbmm": lambda: theirs(z)}
+    case = f"sampled_lora {kind} {features}→{out} S={samples} M={rows} r={rank}"
+    return compare(case, alternate(functions, device), "sampled_lora", {"bmm + in-place baddbmm": 1.0})[0]
+
+
+def extra_rows(device: torch.device, samples: int = 8, rows: int = 1024, width: int = 4096) -> Iterator[Row]:
+    """The base layer alone against the base layer with its update: at most 8 % more is a ratio of at least 1 / 1.08."""
+    x, A, B, _ = lora_inputs(device, samples, rows, width, width, 16)
+    weight = torch.randn(width, width, device=device).bfloat16()
+    functions = {
+        "base and update": lambda: sampled_lora(x, A, B, 0.5, linear(x, weight)),
+        "base layer alone": lambda: linear(x, weight),
+    }
+    case = f"sampled_lora after its base layer, prefill {width}→{width} S={samples} M={rows} r=16"
+    yield from compare(case, alternate(functions, device), "base and update", {"base layer alone": 1 / 1.08})
+
+
+def average_rows(device: torch.device, batch: int = 8, classes: int = 128_256) -> Iterator[Row]:
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = (3 * torch.randn(SAMPLES, batch, classes, device=device)).to(dtype)
+        state = AverageState(batch, classes, device=device)
+        bayes_average_(state, logits)
+        probs = logits.float().softmax(-1)
+        torch.testing.assert_close(state.probs(), probs.mean(0), rtol=1e-4, atol=1e-9)
+        del probs
+        once = "logits once at the speed of a copy"
+        functions = {
+            "bayes_average_": lambda state=state, logits=logits: bayes_average_(state, logits),
+            "softmax, mean, entropies": lambda logits=logits: stacked(logits),
+            once: copy_of(logits.numel() * dtype.itemsize // 4, device),
+        }
+        case = f"bayes_average_ {name_of(dtype)} S={SAMPLES} B={batch} C={classes}"
+        yield from compare(case, alternate(functions, device), "bayes_average_", {once: 0.8})
+
+
+def stacked(logits: Tensor) -> tuple[Tensor, ...]:
+    probs = logits.softmax(-1, dtype=torch.float32)
+    mean = probs.mean(0)
+    return mean, torch.special.entr(mean).sum(-1), torch.special.entr(probs).sum(-1).mean(0)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def markdown(rows: list[Row], device: str) -> str:
+    lines = [
+        f"# {device}",
+        "",
+        "Medians of one alternating run, cold caches; the ratio is the other's time over ours (20 % – 80 %).",
+        "",
+        "| case | against | ours | theirs | ratio | target |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ours, theirs = (f"{value * 1e6:.1f} µs" if value else "" for value in (row.ours, row.theirs))
+        ratio = f"{row.ratio:.2f} ({row.low:.2f} – {row.high:.2f})"
+        lines.append(f"| {row.case} | {row.baseline} | {ours} | {theirs} | {ratio} | {row.verdict} |")
+    return "\n".join([*lines, "", machine(), ""])
+
+
+def main() -> None:
+    device = torch.device("cuda")
+    rows: list[Row] = []
+    with torch.no_grad():
+        for part in (collect_rows, draw_rows, lora_rows, extra_rows, average_rows):
+            for row in part(device):
+                rows.append(row)
+                print(f"{row.case} | {row.baseline}: {row.ratio:.2f} {row.verdict}", flush=True)
+    name = torch.cuda.get_device_name()
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()
+    result = {"device": name, "machine": machine(), "rows": [asdict(row) | {"verdict": row.verdict} for row in rows]}
+    file.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    file.with_suffix(".md").write_text(markdown(rows, name), encoding="utf-8")
+    print(f"written: {file}.json and .md")
+
+
+if __name__ == "__main__":
+    main()
