@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_draw import held_elements, options, posterior
 from test_philox import KNOWN_ANSWERS, box_muller, normal, words_with_corners
 from triton_device import DTYPES, assert_same_bits
 
@@ -69,27 +70,6 @@ def test_normals(device):
     spacing = torch.nextafter(truth.float().abs(), torch.tensor(float("inf"))) - truth.float().abs()
     assert ((out.cpu().double() - truth).abs() / spacing).max() < 4
     assert_same_bits(out, torch.from_numpy(normal(words)))
-
-
-def held_elements(layout, size):
-    held = torch.zeros(size, dtype=torch.bool)
-    for offset, numel, _ in layout.tolist():
-        held[offset : offset + numel] = True
-    return held
-
-
-def posterior(layout, rank, size=None):
-    """mean, std and deviations, zero in the padding except for std, whose variance clamp makes it positive there."""
-    size = size or arena_size(layout)
-    held = held_elements(layout, size)
-    return torch.randn(size) * held, 0.01 + torch.rand(size), torch.randn(rank, size) * held if rank else None
-
-
-def options(layout, **changes):
-    return {
-        "seed": 11, "first_sample": 0, "diag_scale": 0.7, "low_rank_scale": 0.3, "antithetic": False, "layout": layout,
-        "dtype": torch.float32,
-    } | changes  # fmt: skip
 
 
 def on(device, state):
