@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from bench_bayes_average import plain_average
 from bench_collect import ForeachSwag
 from harness import LORA_SIZES, Row, compare, machine
 from swag_kernels import AverageState, arena_size, bayes_average_, collect_, draw, sampled_lora, segment_table
@@ -188,17 +189,11 @@ def average_rows(device: torch.device, batch: int = 8, classes: int = 128_256) -
         once = "logits once at the speed of a copy"
         functions = {
             "bayes_average_": lambda state=state, logits=logits: bayes_average_(state, logits),
-            "softmax, mean, entropies": lambda logits=logits: stacked(logits),
+            "softmax, mean, entropies": lambda logits=logits: plain_average(logits.softmax(-1, dtype=torch.float32)),
             once: copy_of(logits.numel() * dtype.itemsize // 4, device),
         }
         case = f"bayes_average_ {name_of(dtype)} S={SAMPLES} B={batch} C={classes}"
         yield from compare(case, alternate(functions, device), "bayes_average_", {once: 0.8})
-
-
-def stacked(logits: Tensor) -> tuple[Tensor, ...]:
-    probs = logits.softmax(-1, dtype=torch.float32)
-    mean = probs.mean(0)
-    return mean, torch.special.entr(mean).sum(-1), torch.special.entr(probs).sum(-1).mean(0)
 
 
 def name_of(dtype: torch.dtype) -> str:

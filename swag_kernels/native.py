@@ -12,6 +12,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from swag_kernels.rows import rows_and_stride
+
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -128,22 +130,11 @@ def draw(
     return out
 
 
-def _rows(t: Tensor) -> tuple[Tensor, int]:
-    """``t`` with its last two axes contiguous, and its stride over the samples: 0 where that axis has size 1."""
-    samples, rows, columns = t.shape
-    if t.is_contiguous():
-        return t, rows * columns if samples > 1 else 0
-    stride, row, step = t.stride()
-    if (row != columns and rows > 1) or (step != 1 and columns > 1):
-        t = t.contiguous()
-        stride = t.stride(0)
-    return t, stride if samples > 1 else 0
-
-
 def _sampled_lora(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Tensor, y: Tensor) -> None:
     samples, rank, features = A.shape
     _, rows, out = base.shape
-    (x, stride_x), (A, stride_A), (B, stride_B), (base, stride_base) = _rows(x), _rows(A), _rows(B), _rows(base)
+    (x, stride_x), (A, stride_A) = rows_and_stride(x), rows_and_stride(A)
+    (B, stride_B), (base, stride_base) = rows_and_stride(B), rows_and_stride(base)
     _kernels().sampled_lora(
         x.data_ptr(),
         A.data_ptr(),
@@ -190,7 +181,7 @@ def sampled_lora_backward(
     ):  # an expanded x has a gradient for every sample, which stride 0 would add up
         x = x.contiguous()
     grad = grad.contiguous()
-    (x, stride_x), (A, stride_A), (B, stride_B) = _rows(x), _rows(A), _rows(B)
+    (x, stride_x), (A, stride_A), (B, stride_B) = rows_and_stride(x), rows_and_stride(A), rows_and_stride(B)
     if not samples:
         dx.zero_()
     _kernels().sampled_lora_backward(

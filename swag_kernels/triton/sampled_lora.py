@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from swag_kernels import reference
+from swag_kernels.rows import rows_and_stride
 from swag_kernels.triton.launch import on_device_of, options
 
 CHUNK = 1024  # of the long axis, summed on its own
@@ -214,7 +215,7 @@ def _forward(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Tensor, y: T
 
 def _shrink(x: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
     """x Aᵀ in float32 from products of ``dtype``: [S, parts, M, ranks of a tile], to be added over the parts."""
-    x = _rows(x)
+    x, stride_x = rows_and_stride(x)
     samples, rank, features = A.shape
     rows = x.shape[1]
     tile = tile_of(rows, rank, dtype.itemsize)
@@ -229,7 +230,7 @@ def _shrink(x: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
             h,
             rows,
             features,
-            _sample_stride(x),
+            stride_x,
             *A.stride(),
             RANK=rank,
             CHUNK=CHUNK,
@@ -248,19 +249,19 @@ def _expand(h: Tensor, B: Tensor, scaling: float, base: Tensor | None, y: Tensor
     if not y.numel():
         return
     (samples, parts, rows, b_rank), (_, out, rank) = h.shape, B.shape
-    base = None if base is None else _rows(base)
+    start, stride_base = (y, 0) if base is None else rows_and_stride(base)
     summed = samples if y.shape[0] != samples else 1
     tile = tile_of(rows, rank, B.element_size())
     expand_kernel[triton.cdiv(out, COLUMNS), triton.cdiv(rows, tile["B_M"]), y.shape[0]](
         h,
         B,
-        y if base is None else base,
+        start,
         y,
         rows,
         out,
         summed,
         *B.stride(),
-        0 if base is None else _sample_stride(base),
+        stride_base,
         scaling,
         RANK=rank,
         PARTS=parts,
@@ -277,7 +278,7 @@ def _outer(h: Tensor, x: Tensor, scaling: float, g: Tensor) -> None:
     """g = scaling · hᵀ x, [S, r, in]."""
     if not g.numel():
         return
-    x = _rows(x)
+    x, stride_x = rows_and_stride(x)
     (samples, parts, rows, b_rank), (_, rank, features) = h.shape, g.shape
     tile = tile_of(rows, rank, g.element_size())
     outer_kernel[triton.cdiv(features, COLUMNS), samples](
@@ -286,7 +287,7 @@ def _outer(h: Tensor, x: Tensor, scaling: float, g: Tensor) -> None:
         g,
         rows,
         features,
-        _sample_stride(x),
+        stride_x,
         *g.stride()[1:],
         scaling,
         RANK=rank,
@@ -297,14 +298,3 @@ def _outer(h: Tensor, x: Tensor, scaling: float, g: Tensor) -> None:
         B_N=COLUMNS,
         **options(tile["num_warps"], registers=255),
     )
-
-
-def _rows(t: Tensor) -> Tensor:
-    """``t`` with its last two axes contiguous."""
-    _, rows, columns = t.shape
-    _, row, step = t.stride()
-    return t if (row == columns or rows == 1) and (step == 1 or columns == 1) else t.contiguous()
-
-
-def _sample_stride(t: Tensor) -> int:
-    return t.stride(0) if t.shape[0] > 1 else 0

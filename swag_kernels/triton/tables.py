@@ -28,13 +28,8 @@ def block_table(layout: Tensor, size: int, device: torch.device) -> Tensor:
         rows = table[offset // BLOCK : offset // BLOCK + blocks]
         rows[:, 0] = index
         rows[:, 1] = (numel - within * BLOCK).clamp(max=BLOCK)
-        rows[:, 2] = _word(first // 4 + within * (BLOCK // 4))
+        rows[:, 2] = (first // 4 + within * (BLOCK // 4)).to(torch.int32)  # the low 32 bits
         rows[:, 3] = within
     table = table.to(device)
     _blocks[layout] = (key, table)
     return table
-
-
-def _word(values: Tensor) -> Tensor:
-    """The low 32 bits."""
-    return values.to(torch.int32)

@@ -146,19 +146,21 @@ def backward_inputs(S, M, features, out, r, dtype, base_dtype=None, x_samples=No
     return torch.randn(S, M, out).to(base.dtype), x, A, B
 
 
-def check_backward(grad, x, A, B):
-    exact = exact_backward(*(t.double() for t in (grad, x, A, B)), SCALING)
+def plain_backward(grad, x, A, B):
+    """The gradients that plain torch gives in the dtype of x."""
     wide = grad.to(x.dtype) if grad.dtype != x.dtype else grad
     hidden, d_hidden = torch.matmul(x, A.mT), SCALING * torch.matmul(wide, B)
-    with torch.no_grad():
-        torch_grads = (
-            torch.matmul(d_hidden, A).sum_to_size(x.shape),
-            torch.matmul(d_hidden.mT, x.expand(len(A), *x.shape[1:])),
-            SCALING * torch.matmul(wide.mT, hidden),
-        )
-    for out, same, truth in zip(
-        torch.ops.swag_kernels.sampled_lora_backward(grad, x, A, B, SCALING), torch_grads, exact, strict=True
-    ):
+    return (
+        torch.matmul(d_hidden, A).sum_to_size(x.shape),
+        torch.matmul(d_hidden.mT, x.expand(len(A), *x.shape[1:])),
+        SCALING * torch.matmul(wide.mT, hidden),
+    )
+
+
+def check_backward(grad, x, A, B):
+    exact = exact_backward(*(t.double() for t in (grad, x, A, B)), SCALING)
+    outs = torch.ops.swag_kernels.sampled_lora_backward(grad, x, A, B, SCALING)
+    for out, same, truth in zip(outs, plain_backward(grad, x, A, B), exact, strict=True):
         assert_as_accurate_as_torch(out, same, truth)
 
 

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from encoder_models import save_colors, save_tiny_bert
 from rich.console import Console
 
 from swag_lora import data, demo, tables
@@ -14,14 +13,6 @@ from swag_lora.fit import Recipe, TaskTrainer
 from swag_lora.loop import Loop
 
 SMALL = Recipe(epochs=3, collections=4, rank=4, lr=0.03, swag_lr=0.01, batch_size=8, threads=1)
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    home = tmp_path_factory.mktemp("demo")
-    save_tiny_bert(home / "bert")
-    save_colors(home / "colors")
-    return home
 
 
 @pytest.fixture

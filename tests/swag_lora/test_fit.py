@@ -1,20 +1,11 @@
 import pytest
 import torch
-from encoder_models import save_colors, save_tiny_bert
 from safetensors.torch import load_file
 
 from swag_lora import data
 from swag_lora.fit import Recipe, fit
 
 STANDING = {"epochs": 12, "collections": 2, "rank": 2, "lr": 0.03, "swag_lr": 1e-30, "batch_size": 8}
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    home = tmp_path_factory.mktemp("fit")
-    save_tiny_bert(home / "bert")
-    save_colors(home / "colors")
-    return home
 
 
 def adapters_equal(first, second):

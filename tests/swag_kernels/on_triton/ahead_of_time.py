@@ -1,5 +1,5 @@
-"""Compiles every kernel in every configuration that can be picked for one target, without a device; prints one JSON line
-for each. Run as a program, because a process in which Triton interprets cannot compile."""
+"""Compiles every kernel for one target, without a device, at the ranks and sizes listed here; prints one JSON line for
+each. Run as a program, because a process in which Triton interprets cannot compile."""
 
 from __future__ import annotations
 

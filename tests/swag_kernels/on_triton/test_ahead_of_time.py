@@ -1,4 +1,4 @@
-"""Every kernel in every configuration compiles for every target, into registers and shared memory that it has."""
+"""The kernels compile for every target, in the configurations of ahead_of_time.py, into what the target has."""
 
 import json
 import os

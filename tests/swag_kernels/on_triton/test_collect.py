@@ -4,39 +4,26 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_collect import UNTOUCHED, assert_as_accurate_as_torch, in_reference, snapshots
 from triton_device import DTYPES, assert_same_bits
 
-from swag_kernels import arena_size, backend, collect_, reference, segment_table
+from swag_kernels import arena_size, backend, collect_, segment_table
 from swag_kernels.triton import recollect
 
 SIZES = st.sampled_from([0, 1, 3, 31, 1023, 1024, 1025, 2500])
-UNTOUCHED = 7.0
 
 relaxed = settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def buffers(layout, rank, device="cpu", dtype=torch.float32):
+def buffers(layout, rank, device="cpu"):
     """mean, m2, deviations and count with a mark in the padding, which nobody may change (but a slot's becomes zero)."""
     size = arena_size(layout)
     held = torch.zeros(size, dtype=torch.bool)
     for start, numel, _ in layout.tolist():
         held[start : start + numel] = True
-    mean = torch.where(held, 0, UNTOUCHED).to(device, dtype)
-    deviations = torch.full((rank, size), float("nan"), dtype=dtype, device=device) if rank else None
+    mean = torch.where(held, 0, UNTOUCHED).to(device)
+    deviations = torch.full((rank, size), float("nan"), device=device) if rank else None
     return mean, mean.clone(), deviations, torch.zeros((), dtype=torch.int64, device=device), held
-
-
-def snapshots(numels, dtypes, number):
-    start = [torch.randn(n) for n in numels]
-    return [
-        [(p + 0.05 * torch.randn(p.shape)).to(d) for p, d in zip(start, dtypes, strict=True)] for _ in range(number)
-    ]
-
-
-def assert_as_accurate_as_torch(out, torch32, exact):
-    error = (out.cpu().double() - exact).abs()
-    worst = max((torch32.double() - exact).abs().tolist(), default=0)
-    assert (error <= 2 * worst + torch.finfo(torch.float32).eps * exact.abs()).all()
 
 
 @given(
@@ -50,11 +37,9 @@ def test_matches_the_reference(device, tensors, rank, number):
     layout = segment_table(numels)
     steps = snapshots(numels, dtypes, number)
     out = buffers(layout, rank, device)
-    plain, exact = buffers(layout, rank), buffers(layout, rank, dtype=torch.float64)
     for params in steps:
         collect_([p.to(device) for p in params], *out[:4], layout)
-        for state in (plain, exact):
-            reference.collect_(params, *state[:4], layout)
+    plain, exact = (in_reference(steps, layout, rank, dtype) for dtype in (torch.float32, torch.float64))
 
     held = out[4]
     assert out[3] == number
