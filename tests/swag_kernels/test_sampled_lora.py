@@ -84,6 +84,8 @@ def test_weights_are_views_of_one_buffer(isa, dtype):
     check(x, A, B, base)
     check(x, A[:1].expand(S, r, features), B, base)
     check(x.mT.contiguous().mT, A, B, base.mT.contiguous().mT)
+    samples_innermost = x.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    check(samples_innermost, A, B, base.permute(1, 2, 0).contiguous().permute(2, 0, 1))
 
 
 def test_nothing_outside_the_result_is_written(isa):

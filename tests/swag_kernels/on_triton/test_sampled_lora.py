@@ -67,6 +67,7 @@ def test_views(device, dtype):
         (x, A[:1].expand(S, r, features), base),
         (x[:1].expand(S, M, features), A, base),
         (x.mT.contiguous().mT, A, base.mT.contiguous().mT),
+        (x.permute(1, 2, 0).contiguous().permute(2, 0, 1), A, base),
     ):
         exact = exact_lora(x_.double(), A_.cpu().double(), B.cpu().double(), SCALING, base_.double())
         result = sampled_lora(x_.to(device), A_, B, SCALING, base_.clone().to(device))
