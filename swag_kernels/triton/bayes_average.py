@@ -13,19 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from swag_kernels.triton.launch import on_device_of, options
+from swag_kernels.triton.launch import kernel, on_device_of, options
 
 _LOWEST = tl.constexpr(-87.33654)  # e^x is subnormal below
 _TINY = tl.constexpr(-60.0)  # below, only the logarithm of a probability is kept
 _FIELDS = tl.constexpr(4)  # of a scan: maximum, sum, weighted sum, argmax
 _ROW = tl.constexpr(3)  # of a row: maximum, logarithm of the sum, argmax
-PART = 16384  # classes of one scan
-ROWS = 16  # scans that are merged at once
-
-
-def tile_of(classes: int) -> dict[str, int]:
-    """Classes of a program and samples that it loads ahead; fewer where a row's start has no alignment to load by."""
-    return {"B_C": 1024, "UNROLL": 2 if classes % 16 else 4, "num_warps": 4}
+PART = 16384  # classes of one scan, or a multiple
+PARTS = 16  # scans of a row, at most
+ROWS = 16  # whose scans are merged at once
+COLUMNS = 1024  # classes that a program accumulates
 
 
 @triton.jit
@@ -61,15 +58,15 @@ def _scan(p_row, p_scan, first, last, B_C: tl.constexpr):
 
 
 @triton.jit
-def _merge(p_scans, p_rows, p_entropy, seen, samples, PARTS: tl.constexpr, B_S: tl.constexpr, B_P: tl.constexpr):
+def _merge(p_scans, p_rows, p_entropy, seen, samples, parts, B_S: tl.constexpr, B_P: tl.constexpr):
     """Maximum, logarithm of the sum and argmax of each sample's row, and the mean of their entropies."""
     o_p = tl.arange(0, B_P)[None, :]
     before = tl.load(p_entropy)
     change = tl.zeros([B_S], tl.float32)
     for s in tl.range(0, samples, B_S):
         o_s = s + tl.arange(0, B_S)
-        p_scan = p_scans + (o_s[:, None] * PARTS + o_p) * _FIELDS
-        m_scan = (o_s < samples)[:, None] & (o_p < PARTS)
+        p_scan = p_scans + (o_s[:, None] * parts + o_p) * _FIELDS
+        m_scan = (o_s < samples)[:, None] & (o_p < parts)
         top = tl.load(p_scan, mask=m_scan, other=-float("inf"))  # [B_S, B_P]
         total = tl.load(p_scan + 1, mask=m_scan, other=0.0)
         weighted = tl.load(p_scan + 2, mask=m_scan, other=0.0)
@@ -173,7 +170,7 @@ def _signal(p_flag):
     tl.atomic_add(p_flag, 1, sem="release")
 
 
-@triton.jit(do_not_specialize=["samples", "batch"])
+@kernel
 def average_kernel(
     p_logits,
     p_log_sum,
@@ -184,50 +181,60 @@ def average_kernel(
     p_scans,
     p_rows,
     p_flags,
-    samples,
-    batch,
-    classes,
+    samples: tl.int32,
+    batch: tl.int32,
+    classes: tl.int32,
+    part: tl.int32,
+    parts: tl.int32,
     GROUP: tl.constexpr,
-    PART: tl.constexpr,
-    PARTS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     UNROLL: tl.constexpr,
     B_S: tl.constexpr,
     B_P: tl.constexpr,
     B_C: tl.constexpr,
 ):
-    """p_scans [batch, samples, PARTS, 4] and p_rows [batch, samples, 3] are scratch; p_flags [1 + 2 batch] holds zeros."""
+    """p_scans [batch, samples, parts, 4] and p_rows [batch, samples, 3] are scratch; p_flags [1 + 2 batch] holds zeros."""
+    if ALIGNED:
+        classes = classes // 16 * 16  # the same number, which the compiler then knows to be a multiple of 16
+    part = part // B_C * B_C
     seen = tl.load(p_count)
     ticket = tl.atomic_add(p_flags, 1)
-    scans = samples * PARTS
+    scans = samples * parts
     each = scans + 1 + tl.cdiv(classes, B_C)
     group, task = ticket // each, ticket % each
     stride = batch.to(tl.int64) * classes
     if task < scans:
         b = group
         if b < batch:
-            s, part = task // PARTS, task % PARTS
+            s, i_part = task // parts, task % parts
             p_row = p_logits + s * stride + b.to(tl.int64) * classes
-            p_scan = p_scans + ((b * samples + s) * PARTS + part) * _FIELDS
-            _scan(p_row, p_scan, part * PART, tl.minimum((part + 1) * PART, classes), B_C)
+            if ALIGNED:
+                p_row = tl.multiple_of(p_row, 16)
+            p_scan = p_scans + ((b * samples + s) * parts + i_part) * _FIELDS
+            _scan(p_row, p_scan, i_part * part, tl.minimum((i_part + 1) * part, classes), B_C)
             _signal(p_flags + 1 + b)
     elif task == scans:
         b = group - 1
         if (b >= 0) & (b < batch):
             _wait(p_flags + 1 + b, scans)
-            p_scan = p_scans + b * samples * PARTS * _FIELDS
-            _merge(p_scan, p_rows + b * samples * _ROW, p_entropy + b, seen, samples, PARTS, B_S, B_P)
+            p_scan = p_scans + b * samples * parts * _FIELDS
+            _merge(p_scan, p_rows + b * samples * _ROW, p_entropy + b, seen, samples, parts, B_S, B_P)
             _signal(p_flags + 1 + batch + b)
     else:
         b = group - 2
         if b >= 0:
             _wait(p_flags + 1 + batch + b, 1)
             row = b.to(tl.int64) * classes
+            p_row, p_log_sum, p_m2, p_votes = p_logits + row, p_log_sum + row, p_m2 + row, p_votes + row
+            if ALIGNED:
+                p_row, p_log_sum = tl.multiple_of(p_row, 16), tl.multiple_of(p_log_sum, 16)
+                p_m2, p_votes = tl.multiple_of(p_m2, 16), tl.multiple_of(p_votes, 16)
             _accumulate(
-                p_logits + row,
+                p_row,
                 p_rows + b * samples * _ROW,
-                p_log_sum + row,
-                p_m2 + row,
-                p_votes + row,
+                p_log_sum,
+                p_m2,
+                p_votes,
                 (task - scans - 1) * B_C,
                 seen,
                 samples,
@@ -244,15 +251,19 @@ def bayes_average_(
 ) -> None:
     samples, batch, classes = logits.shape
     if logits.numel():
-        parts = triton.cdiv(classes, PART)
+        logits = logits.contiguous()
+        part = PART
+        while classes > PARTS * part:
+            part *= 2
+        parts = triton.cdiv(classes, part)
         scans = torch.empty(batch, samples, parts, _FIELDS.value, device=logits.device)
         rows = torch.empty(batch, samples, _ROW.value, device=logits.device)
         flags = torch.zeros(1 + 2 * batch, dtype=torch.int32, device=logits.device)
-        tile = tile_of(classes)
-        each = samples * parts + 1 + triton.cdiv(classes, tile["B_C"])
+        each = samples * parts + 1 + triton.cdiv(classes, COLUMNS)
+        aligned = classes % 16 == 0 and all(t.data_ptr() % 16 == 0 for t in (logits, log_sum, m2, votes))
         with on_device_of(logits):
             average_kernel[(batch + 2) * each,](
-                logits.contiguous(),
+                logits,
                 log_sum,
                 m2,
                 votes,
@@ -264,13 +275,14 @@ def bayes_average_(
                 samples,
                 batch,
                 classes,
+                part,
+                parts,
                 GROUP=group,
-                PART=PART,
-                PARTS=parts,
-                UNROLL=tile["UNROLL"] // group,
+                ALIGNED=aligned,
+                UNROLL=(4 if aligned else 2) // group,
                 B_S=ROWS,
-                B_P=triton.next_power_of_2(parts),
-                B_C=tile["B_C"],
-                **options(tile["num_warps"], registers=128),
+                B_P=PARTS,
+                B_C=COLUMNS,
+                **options(4, registers=128),
             )
     count += samples

@@ -8,17 +8,28 @@ import triton.language as tl
 from torch import Tensor
 
 from swag_kernels.layout import BLOCK
-from swag_kernels.triton.launch import on_device_of, options
+from swag_kernels.triton.launch import kernel, on_device_of, options
 from swag_kernels.triton.normal import normals
 from swag_kernels.triton.tables import block_table
 
 _EPS, _Z = tl.constexpr(0), tl.constexpr(1)
 Z_DRAWS = 32  # of one program of z
+HELD_RANKS = (0, 8, 16, 20, 24, 32)
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "first", "draws"])
-def z_kernel(p_z, seed_low, seed_high, first, draws, scale, STRIDE: tl.constexpr, B_D: tl.constexpr):
-    """z [draws, STRIDE]: row k holds low_rank_scale times the z of draw first + k; one program for each quad of ranks."""
+@kernel
+def z_kernel(
+    p_z,
+    seed_low: tl.int32,
+    seed_high: tl.int32,
+    first: tl.int32,
+    draws: tl.int32,
+    rank: tl.int32,
+    stride: tl.int32,
+    scale: tl.float32,
+    B_D: tl.constexpr,
+):
+    """z [draws, stride]: row k holds low_rank_scale times the z of draw first + k, then zeros; a program for each quad."""
     i_quad = tl.program_id(0)
     o_draw = tl.program_id(1) * B_D + tl.arange(0, B_D)
     word = (first + o_draw).to(tl.uint32)
@@ -26,11 +37,11 @@ def z_kernel(p_z, seed_low, seed_high, first, draws, scale, STRIDE: tl.constexpr
     n0, n1, n2, n3 = normals(zero + i_quad.to(tl.uint32), word, zero, zero + _Z, seed_low, seed_high)
     z = tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3)) * scale
     o_z = tl.arange(0, 4 * B_D)
-    i_draw = tl.program_id(1) * B_D + o_z // 4
-    tl.store(p_z + i_draw * STRIDE + i_quad * 4 + o_z % 4, z, mask=i_draw < draws)
+    i_draw, o_r = tl.program_id(1) * B_D + o_z // 4, i_quad * 4 + o_z % 4
+    tl.store(p_z + i_draw * stride + o_r, tl.where(o_r < rank, z, 0.0), mask=i_draw < draws)
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "first", "draws", "num_samples", "odd"])
+@kernel
 def draw_kernel(
     p_mean,
     p_std,
@@ -38,22 +49,24 @@ def draw_kernel(
     p_z,
     p_blocks,
     p_out,
-    size,
-    seed_low,
-    seed_high,
-    first,
-    draws,
-    num_samples,
-    odd,
-    diag_scale,
-    RANK: tl.constexpr,
+    size: tl.int64,
+    seed_low: tl.int32,
+    seed_high: tl.int32,
+    first: tl.int32,
+    draws: tl.int32,
+    num_samples: tl.int32,
+    odd: tl.int32,
+    signs: tl.int32,
+    rank: tl.int32,
+    stride: tl.int32,
+    diag_scale: tl.float32,
     HELD: tl.constexpr,
-    STRIDE: tl.constexpr,
-    ANTITHETIC: tl.constexpr,
     B_N: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """All samples of B_N elements of one tensor; where HELD, with their deviations in registers."""
+    """All samples of B_N elements of one tensor; HELD of its deviations stay in registers, later ones are read for every
+    draw. A draw is a sample, or with two signs a pair."""
+    size = size // BLOCK * BLOCK
     o_begin = tl.program_id(0).to(tl.int64) * B_N
     p_block = p_blocks + (o_begin // BLOCK) * 4
     tensor = tl.load(p_block).to(tl.uint32)
@@ -63,13 +76,13 @@ def draw_kernel(
 
     o_n = tl.arange(0, B_N)
     m_n = o_n < held
-    o_arena = o_begin + o_n
-    mean = tl.load(p_mean + o_arena)  # [B_N]
-    std = tl.load(p_std + o_arena) * diag_scale
+    p_deviations = tl.multiple_of(p_deviations, 16)
+    mean = tl.load(tl.multiple_of(p_mean + o_begin, 16) + o_n)  # [B_N]
+    std = tl.load(tl.multiple_of(p_std + o_begin, 16) + o_n) * diag_scale
     columns = ()
-    if HELD:
-        for r in tl.static_range(RANK):
-            columns = columns + (tl.load(p_deviations + tl.cast(r, tl.int64) * size + o_arena),)
+    for r in tl.static_range(HELD):
+        p_column = tl.multiple_of(p_deviations + tl.cast(r, tl.int64) * size + o_begin, 16)
+        columns = columns + (tl.load(p_column + o_n, mask=tl.zeros_like(o_n) + r < rank, other=0.0),)
     quads = quad + tl.arange(0, B_N // 4).to(tl.uint32)
     zero = tl.zeros_like(quads)
 
@@ -78,26 +91,22 @@ def draw_kernel(
         n0, n1, n2, n3 = normals(quads, word, zero + tensor, zero + _EPS, seed_low, seed_high)
         eps = tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))  # [B_N]
         delta = eps * std
-        p_row = p_z + i_draw * STRIDE
-        if HELD:
-            for r in tl.static_range(RANK):
-                delta = tl.fma(tl.zeros_like(delta) + tl.load(p_row + r), columns[r], delta)
-        else:
-            for r in tl.range(0, RANK):
-                column = tl.load(p_deviations + tl.cast(r, tl.int64) * size + o_arena)
-                delta = tl.fma(tl.zeros_like(delta) + tl.load(p_row + r), column, delta)
-        if ANTITHETIC:
-            row = 2 * i_draw - odd
-            _put(p_out, mean + delta, row, num_samples, size, o_arena, m_n)
-            _put(p_out, mean - delta, row + 1, num_samples, size, o_arena, m_n)
-        else:
-            _put(p_out, mean + delta, i_draw, num_samples, size, o_arena, m_n)
+        p_row = p_z + i_draw * stride
+        for r in tl.static_range(HELD):
+            delta = tl.fma(tl.zeros_like(delta) + tl.load(p_row + r), columns[r], delta)
+        for more in tl.range(HELD, rank):
+            p_again = tl.multiple_of(p_deviations + tl.cast(more, tl.int64) * size + o_begin, 16)
+            delta = tl.fma(tl.zeros_like(delta) + tl.load(p_row + more), tl.load(p_again + o_n), delta)
+        row = i_draw * signs - odd
+        _put(p_out, mean + delta, row, num_samples, size, o_begin, m_n)
+        if signs == 2:
+            _put(p_out, mean - delta, row + 1, num_samples, size, o_begin, m_n)
 
 
 @triton.jit
-def _put(p_out, w, row, num_samples, size, o_arena, m_n):
+def _put(p_out, w, row, num_samples, size, o_begin, m_n):
     if (row >= 0) & (row < num_samples):
-        p_row = p_out + tl.cast(row, tl.int64) * size + o_arena
+        p_row = tl.multiple_of(p_out + tl.cast(row, tl.int64) * size + o_begin, 16) + tl.arange(0, w.shape[0])
         tl.store(p_row, tl.where(m_n, w, 0.0).to(p_out.dtype.element_ty))
 
 
@@ -123,19 +132,19 @@ def draw(
     draws = (first_sample + num_samples + 1) // 2 - first if antithetic else num_samples
     rank = 0 if deviations is None else len(deviations)
     tile = tile_of(rank, dtype.itemsize)
-    stride = triton.cdiv(rank, 4) * 4
+    stride = triton.cdiv(max(rank, tile["HELD"]), 4) * 4
     z = torch.empty(draws, stride, device=mean.device)
     key = _signed(seed), _signed(seed >> 32)
-    compiled = options(tile["num_warps"], exact=True, registers=255)
+    compiled = options(4, exact=True, registers=255)
     with on_device_of(mean):
         if rank:
             z_kernel[stride // 4, triton.cdiv(draws, Z_DRAWS)](
-                z, *key, _signed(first), draws, low_rank_scale, STRIDE=stride, B_D=Z_DRAWS, **compiled
+                z, *key, _signed(first), draws, rank, stride, low_rank_scale, B_D=Z_DRAWS, **compiled
             )
         draw_kernel[size // tile["B_N"],](
-            mean,
-            std,
-            mean if deviations is None else deviations,
+            _aligned(mean),
+            _aligned(std),
+            _aligned(mean if deviations is None else deviations),
             z,
             block_table(layout, size, mean.device),
             out,
@@ -144,13 +153,12 @@ def draw(
             _signed(first),
             draws,
             num_samples,
-            first_sample % 2,
+            first_sample % 2 if antithetic else 0,
+            2 if antithetic else 1,
+            rank,
+            stride,
             diag_scale,
-            RANK=rank,
-            HELD=tile["HELD"],
-            STRIDE=stride,
-            ANTITHETIC=antithetic,
-            B_N=tile["B_N"],
+            **tile,
             BLOCK=BLOCK,
             **compiled,
         )
@@ -158,10 +166,14 @@ def draw(
 
 
 def tile_of(rank: int, itemsize: int) -> dict[str, int]:
-    """Elements of a program, for stores of 16 bytes; where a thread's registers cannot hold all its deviations, fewer, and
-    beyond 32 ranks they are read again for every draw."""
-    each = 16 // itemsize if rank <= 20 else 4
-    return {"B_N": 128 * each, "HELD": rank <= 32, "num_warps": 4}
+    """Deviations that a program holds in registers, and its elements: such that a thread stores 16 bytes at once, but for
+    narrow types with more deviations than a thread can hold for so many elements."""
+    held = next((held for held in HELD_RANKS if held >= rank), HELD_RANKS[-1])
+    return {"HELD": held, "B_N": 128 * (16 // itemsize if held <= 20 else 4)}
+
+
+def _aligned(arena: Tensor) -> Tensor:
+    return arena if arena.data_ptr() % 16 == 0 else arena.clone()
 
 
 def _signed(word: int) -> int:

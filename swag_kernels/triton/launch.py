@@ -1,14 +1,25 @@
-"""What every launch needs: the device of its tensors, and the compiler's options."""
+"""What every kernel and every launch needs: one compilation for each set of constants, the device, the compiler's options."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 ON_AMD = torch.version.hip is not None
+
+
+def kernel(function: Callable[..., None]) -> Any:
+    """``triton.jit`` for a kernel that is compiled once for the types and constants of a call, and not again for integers
+    that happen to be 1 or a multiple of 16, or for where a pointer points. What it may assume of them a constant says."""
+    parameters = inspect.signature(function).parameters.values()
+    given = [p.name for p in parameters if "constexpr" not in str(p.annotation)]
+    return triton.jit(function, do_not_specialize=given, do_not_specialize_on_alignment=given)
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:

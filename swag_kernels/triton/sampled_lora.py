@@ -16,285 +16,327 @@ from torch import Tensor
 
 from swag_kernels import reference
 from swag_kernels.rows import rows_and_stride
-from swag_kernels.triton.launch import on_device_of, options
+from swag_kernels.triton.launch import kernel, on_device_of, options
+from swag_kernels.triton.plan import CHUNK_STEP, CHUNKS, Plan, plan
 
-CHUNK = 1024  # of the long axis, summed on its own
-_SPREAD = 512  # programs below which every chunk gets one of its own
-COLUMNS = 128  # of a tile of y or of a gradient
 OUTER_ROWS = 32  # at most, of a step of the sum over the rows
-MAX_RANK = 64  # beyond, a low-rank product is a matrix product like any other
-TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_STEP = tl.constexpr(CHUNK_STEP)
+_CHUNKS = tl.constexpr(CHUNKS)
 
 
 @triton.jit
+def _width(n, ALIGNED: tl.constexpr):
+    return n // 8 * 8 if ALIGNED else n  # the same number, which the compiler then knows to be a multiple of 8
+
+
+@triton.jit
+def _rank(rank, RANK: tl.constexpr):
+    return RANK if RANK else rank
+
+
+@triton.jit
+def _columns_of_h(RANK: tl.constexpr, B_R: tl.constexpr):
+    return RANK if RANK else B_R  # so that rows of h start at multiples of 16 bytes
+
+
+@kernel
 def shrink_kernel(
     p_x,
     p_a,
     p_h,
-    rows,
-    features,
-    stride_x,
-    stride_a,
-    stride_a_rank,
-    stride_a_feature,
+    rows: tl.int32,
+    features: tl.int32,
+    rank: tl.int32,
+    chunk: tl.int32,
+    stride_x: tl.int64,
+    stride_a: tl.int64,
     RANK: tl.constexpr,
-    CHUNK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     PARTS: tl.constexpr,
-    TYPE: tl.constexpr,
     B_M: tl.constexpr,
     B_R: tl.constexpr,
     B_K: tl.constexpr,
 ):
-    """h [S, PARTS, M, B_R] float32: one part, or one for every chunk."""
+    """h [S, PARTS, M, r or B_R] float32, for one part of the chunks; a sample of A is [r, in], or [in, r] if TRANSPOSED."""
     i_m, i_part, i_sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    r = _rank(rank, RANK)
+    features = _width(features, ALIGNED)
+    chunk = chunk // _STEP * _STEP
     o_m = i_m * B_M + tl.arange(0, B_M)
     o_r = tl.arange(0, B_R)
-    m_m, m_r = o_m < rows, o_r < RANK
-    p_x += i_sample * stride_x
-    p_a += i_sample * stride_a
-    first = i_part * CHUNK
-    last = tl.minimum(first + CHUNK, features) if PARTS > 1 else features
+    m_m, m_r = o_m < rows, o_r < r
+    p_x = p_x + i_sample * stride_x
+    if ALIGNED:
+        p_x = tl.multiple_of(p_x, 16)
+    p_a = p_a + i_sample * stride_a
+    if ALIGNED:
+        p_a = tl.multiple_of(p_a, 16)
     h = tl.zeros([B_M, B_R], tl.float32)
-    for chunk in tl.range(first, last, CHUNK):
+    for i_chunk in tl.range(i_part * (_CHUNKS // PARTS), (i_part + 1) * (_CHUNKS // PARTS)):
         total = tl.zeros([B_M, B_R], tl.float32)
-        for k in tl.range(chunk, tl.minimum(chunk + CHUNK, last), B_K):
+        for k in tl.range(i_chunk * chunk, tl.minimum((i_chunk + 1) * chunk, features), B_K):
             o_k = k + tl.arange(0, B_K)
-            m_k = o_k < last
+            m_k = o_k < features
             p_rows = p_x + o_m.to(tl.int64)[:, None] * features + o_k[None, :]
-            x = tl.load(p_rows, mask=m_m[:, None] & m_k[None, :], other=0.0).to(TYPE)  # [B_M, B_K]
-            p_columns = p_a + o_r[None, :] * stride_a_rank + o_k[:, None] * stride_a_feature
-            a = tl.load(p_columns, mask=m_k[:, None] & m_r[None, :], other=0.0).to(TYPE)  # [B_K, B_R]
+            x = tl.load(p_rows, mask=m_m[:, None] & m_k[None, :], other=0.0)  # [B_M, B_K]
+            o_a = o_k[:, None] * r + o_r[None, :] if TRANSPOSED else o_r[None, :] * features + o_k[:, None]
+            a = tl.load(p_a + o_a, mask=m_k[:, None] & m_r[None, :], other=0.0)  # [B_K, B_R]
             total = tl.dot(x, a, total, input_precision="ieee")
         h += total
-    p_out = p_h + ((i_sample * PARTS + i_part) * rows + o_m)[:, None] * B_R + o_r[None, :]
-    tl.store(p_out, h, mask=m_m[:, None])
+    WIDTH: tl.constexpr = _columns_of_h(RANK, B_R)
+    p_out = tl.multiple_of(p_h + (i_sample * PARTS + i_part) * rows * WIDTH, 16)
+    tl.store(p_out + o_m[:, None] * WIDTH + o_r[None, :], h, mask=m_m[:, None] & (o_r < WIDTH)[None, :])
 
 
 @triton.jit
-def _load_h(p_h, o_m, rows, PARTS: tl.constexpr, B_R: tl.constexpr):
+def _load_h(p_h, i_sample, o_m, rows, PARTS: tl.constexpr, WIDTH: tl.constexpr, B_R: tl.constexpr):
     """The sum of the parts [M, B_R], in order; zero for rows from `rows` on."""
-    p_part = p_h + o_m.to(tl.int64)[:, None] * B_R + tl.arange(0, B_R)[None, :]
-    h = tl.load(p_part, mask=(o_m < rows)[:, None], other=0.0)
-    for i_part in tl.static_range(1, PARTS):
-        h += tl.load(p_part + i_part * rows * B_R, mask=(o_m < rows)[:, None], other=0.0)
+    o_r = tl.arange(0, B_R)[None, :]
+    m_h = (o_m < rows)[:, None] & (o_r < WIDTH)
+    h = tl.zeros([o_m.shape[0], B_R], tl.float32)
+    for i_part in tl.static_range(PARTS):
+        p_part = tl.multiple_of(p_h + (i_sample * PARTS + i_part) * rows * WIDTH, 16)
+        h += tl.load(p_part + o_m[:, None] * WIDTH + o_r, mask=m_h, other=0.0)
     return h
 
 
-@triton.jit
+@kernel
 def expand_kernel(
     p_h,
     p_b,
     p_base,
     p_y,
-    rows,
-    out,
-    samples,
-    stride_b,
-    stride_b_out,
-    stride_b_rank,
-    stride_base,
-    scaling,
+    rows: tl.int32,
+    out: tl.int32,
+    rank: tl.int32,
+    samples: tl.int32,
+    stride_b: tl.int64,
+    stride_base: tl.int64,
+    scaling: tl.float32,
     RANK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     PARTS: tl.constexpr,
-    PACKED: tl.constexpr,
     HAS_BASE: tl.constexpr,
     B_M: tl.constexpr,
     B_R: tl.constexpr,
     B_N: tl.constexpr,
 ):
-    """One tile of y for each sample, or with `samples` > 1 one tile of the sum over so many samples."""
+    """One tile of y for each sample, or with `samples` > 1 one tile of the sum over so many samples; a sample of B is
+    [out, r], or [r, out] if TRANSPOSED."""
     i_n, i_m, i_sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    r = _rank(rank, RANK)
+    out = _width(out, ALIGNED)
     o_m = i_m * B_M + tl.arange(0, B_M)
     o_n = i_n * B_N + tl.arange(0, B_N)
     o_r = tl.arange(0, B_R)
-    m_r, m_n = o_r < RANK, o_n < out
+    m_r, m_n = o_r < r, o_n < out
     m_y = (o_m < rows)[:, None] & m_n[None, :]
     o_y = o_m.to(tl.int64)[:, None] * out + o_n[None, :]
+    o_b = o_r[:, None] * out + o_n[None, :] if TRANSPOSED else o_n[None, :] * r + o_r[:, None]
     total = tl.zeros([B_M, B_N], tl.float32)
-    for i in tl.range(0, samples):
-        p_part = p_h + (i_sample + i) * PARTS * rows * B_R
-        h = _load_h(p_part, o_m, rows, PARTS, B_R)
-        if PACKED:  # rows of a known length are aligned, and loaded wide
-            o_b = o_n[None, :] * RANK + o_r[:, None]
-        else:
-            o_b = o_n[None, :] * stride_b_out + o_r[:, None] * stride_b_rank
-        p_columns = p_b + (i_sample + i) * stride_b + o_b
-        b = tl.load(p_columns, mask=m_r[:, None] & m_n[None, :], other=0.0)  # [B_R, B_N]
+    for i in tl.range(0, samples, num_stages=1):  # mostly one, for which a pipeline would only take shared memory
+        i_from = i_sample + i
+        h = _load_h(p_h, i_from, o_m, rows, PARTS, _columns_of_h(RANK, B_R), B_R)
+        p_columns = p_b + i_from * stride_b
+        if ALIGNED:
+            p_columns = tl.multiple_of(p_columns, 16)
+        b = tl.load(p_columns + o_b, mask=m_r[:, None] & m_n[None, :], other=0.0)  # [B_R, B_N]
         total = tl.dot(h.to(b.dtype), b, total, input_precision="ieee")
     total = total * scaling
     if HAS_BASE:
-        total += tl.load(p_base + i_sample * stride_base + o_y, mask=m_y, other=0.0).to(tl.float32)
-    tl.store(p_y + i_sample * rows * out + o_y, total.to(p_y.dtype.element_ty), mask=m_y)
+        p_start = p_base + i_sample * stride_base
+        if ALIGNED:
+            p_start = tl.multiple_of(p_start, 16)
+        total += tl.load(p_start + o_y, mask=m_y, other=0.0).to(tl.float32)
+    p_result = p_y + i_sample * rows * out
+    if ALIGNED:
+        p_result = tl.multiple_of(p_result, 16)
+    tl.store(p_result + o_y, total.to(p_y.dtype.element_ty), mask=m_y)
 
 
-@triton.jit
+@kernel
 def outer_kernel(
     p_h,
     p_x,
     p_g,
-    rows,
-    features,
-    stride_x,
-    stride_g_rank,
-    stride_g_feature,
-    scaling,
+    rows: tl.int32,
+    features: tl.int32,
+    rank: tl.int32,
+    stride_x: tl.int64,
+    scaling: tl.float32,
     RANK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     PARTS: tl.constexpr,
-    TYPE: tl.constexpr,
     B_M: tl.constexpr,
     B_R: tl.constexpr,
     B_N: tl.constexpr,
 ):
-    """g [S, r, in] or [S, in, r], by its strides."""
+    """g [S, r, in], or [S, in, r] if TRANSPOSED."""
     i_n, i_sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    r = _rank(rank, RANK)
+    features = _width(features, ALIGNED)
     o_n = i_n * B_N + tl.arange(0, B_N)
     o_r = tl.arange(0, B_R)
     m_n = o_n < features
-    p_h += i_sample * PARTS * rows * B_R
-    p_x += i_sample * stride_x
+    p_x = p_x + i_sample * stride_x
+    if ALIGNED:
+        p_x = tl.multiple_of(p_x, 16)
     total = tl.zeros([B_R, B_N], tl.float32)
     for m in tl.range(0, rows, B_M, num_stages=2):
         o_m = m + tl.arange(0, B_M)
-        h = _load_h(p_h, o_m, rows, PARTS, B_R).to(TYPE)
+        h = _load_h(p_h, i_sample, o_m, rows, PARTS, _columns_of_h(RANK, B_R), B_R).to(p_x.dtype.element_ty)
         p_rows = p_x + o_m.to(tl.int64)[:, None] * features + o_n[None, :]
-        x = tl.load(p_rows, mask=(o_m < rows)[:, None] & m_n[None, :], other=0.0).to(TYPE)
+        x = tl.load(p_rows, mask=(o_m < rows)[:, None] & m_n[None, :], other=0.0)
         total = tl.dot(tl.trans(h), x, total, input_precision="ieee")
-    p_out = p_g + i_sample * RANK * features + o_r[:, None] * stride_g_rank + o_n[None, :] * stride_g_feature
-    tl.store(p_out, (total * scaling).to(p_g.dtype.element_ty), mask=(o_r < RANK)[:, None] & m_n[None, :])
-
-
-def tile_of(rows: int, rank: int, itemsize: int) -> dict[str, int]:
-    """Rows, ranks and long-axis elements of a program. A dot wants 16 of each; float32 has no tensor cores to feed."""
-    b_rank = max(16, triton.next_power_of_2(rank))
-    b_rows = 16 if rows <= 16 or itemsize == 4 else 64
-    b_features = max(16, min(64, 4096 // b_rank) * 2 // itemsize)
-    return {"B_M": b_rows, "B_R": b_rank, "B_K": b_features, "num_warps": 8 if b_rows * b_rank >= 2048 else 4}
+    o_g = o_n[None, :] * r + o_r[:, None] if TRANSPOSED else o_r[:, None] * features + o_n[None, :]
+    p_out = p_g + i_sample * r * features
+    if ALIGNED:
+        p_out = tl.multiple_of(p_out, 16)
+    tl.store(p_out + o_g, (total * scaling).to(p_g.dtype.element_ty), mask=(o_r < r)[:, None] & m_n[None, :])
 
 
 def sampled_lora(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Tensor) -> Tensor:
-    if A.shape[1] > MAX_RANK:
-        return _by_matrix_products(x, A, B, scaling, base)
     y = torch.empty(len(A), *base.shape[1:], dtype=base.dtype, device=base.device)
     _forward(x, A, B, scaling, base, y)
     return y
 
 
 def sampled_lora_(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Tensor) -> None:
-    if base.is_contiguous() and A.shape[1] <= MAX_RANK:
+    if base.is_contiguous():
         _forward(x, A, B, scaling, base, base)
     else:
         base.copy_(sampled_lora(x, A, B, scaling, base))
 
 
+def _forward(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Tensor, y: Tensor) -> None:
+    """Into y, which may be the base."""
+    if not y.numel():
+        return
+    (x, stride_x), (A, stride_a), (B, stride_b) = map(rows_and_stride, (x, A, B))
+    start, stride_base = rows_and_stride(base)
+    (samples, rank, _), rows = A.shape, x.shape[1]
+    chosen = plan(samples, rows, rank, x.dtype, x, A, B.flatten(1), start, y)
+    with on_device_of(x):
+        if chosen is not None and x.dtype in (base.dtype, torch.float32):
+            h = _shrink(chosen, x, stride_x, A, stride_a, transposed=False)
+            _expand(chosen, h, B, stride_b, scaling, (start, stride_base), y, transposed=False)
+            return
+        hidden = torch.bmm(x.expand(samples, *x.shape[1:]), A.mT)
+        if base.dtype == x.dtype:
+            torch.baddbmm(base.expand_as(y), hidden, B.mT, alpha=scaling, out=y)
+        else:
+            y.copy_(torch.add(base, torch.bmm(hidden, B.mT), alpha=scaling))
+
+
 def sampled_lora_backward(
     grad: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if A.shape[1] > MAX_RANK:
+    grad = grad.to(x.dtype)
+    (grad, stride_grad), (x, stride_x), (A, stride_a), (B, stride_b) = map(rows_and_stride, (grad, x, A, B))
+    (samples, rank, _), rows = A.shape, x.shape[1]
+    chosen = plan(samples, rows, rank, x.dtype, grad, x, A, B.flatten(1))
+    if chosen is None:
         return reference.sampled_lora_backward(grad, x, A, B, scaling)
     dx, dA, dB = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, A, B))
     with on_device_of(x):
-        hidden, d_hidden = _shrink(x, A, x.dtype), _shrink(grad, B.mT, x.dtype)
-        _expand(d_hidden, A.mT, scaling, None, dx)
-        _outer(d_hidden, x, scaling, dA)
-        _outer(hidden, grad, scaling, dB.mT)
+        hidden = _shrink(chosen, x, stride_x, A, stride_a, transposed=False)
+        d_hidden = _shrink(chosen, grad, stride_grad, B, stride_b, transposed=True)
+        _expand(chosen, d_hidden, A, stride_a, scaling, None, dx, transposed=True)
+        _outer(chosen, d_hidden, x, stride_x, scaling, dA, transposed=False)
+        _outer(chosen, hidden, grad, stride_grad, scaling, dB, transposed=True)
     return dx, dA, dB
 
 
-def _by_matrix_products(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Tensor) -> Tensor:
-    if base.dtype != x.dtype:
-        return reference.sampled_lora(x, A, B, scaling, base)
-    samples = len(A)
-    hidden = torch.bmm(x.expand(samples, *x.shape[1:]), A.mT)
-    return torch.baddbmm(base.expand(samples, *base.shape[1:]), hidden, B.mT, alpha=scaling)
-
-
-def _forward(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Tensor, y: Tensor) -> None:
-    with on_device_of(x):
-        _expand(_shrink(x, A, x.dtype), B, scaling, base, y)
-
-
-def _shrink(x: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
-    """x Aᵀ in float32 from products of ``dtype``: [S, parts, M, ranks of a tile], to be added over the parts."""
-    x, stride_x = rows_and_stride(x)
-    samples, rank, features = A.shape
-    rows = x.shape[1]
-    tile = tile_of(rows, rank, dtype.itemsize)
-    blocks = triton.cdiv(rows, tile["B_M"])
-    chunks = max(1, triton.cdiv(features, CHUNK))
-    parts = chunks if blocks * samples < _SPREAD else 1
-    h = torch.empty(samples, parts, rows, tile["B_R"], device=x.device)
+def _shrink(p: Plan, x: Tensor, stride_x: int, A: Tensor, stride_a: int, *, transposed: bool) -> Tensor:
+    """x Aᵀ in float32, [S, parts, M, r or more], to be added over the parts. A is [S, r, in], or [S, in, r] if transposed."""
+    (_, rows, features), samples, rank = x.shape, len(A), A.shape[2 if transposed else 1]
+    h = torch.empty(samples, p.parts, rows, p.known_rank or p.b_rank, device=x.device)
     if h.numel():
-        shrink_kernel[blocks, parts, samples](
+        shrink_kernel[triton.cdiv(rows, p.b_rows), p.parts, samples](
             x,
             A,
             h,
             rows,
             features,
+            rank,
+            triton.cdiv(features, CHUNKS * CHUNK_STEP) * CHUNK_STEP,
             stride_x,
-            *A.stride(),
-            RANK=rank,
-            CHUNK=CHUNK,
-            PARTS=parts,
-            TYPE=TYPES[dtype],
-            B_M=tile["B_M"],
-            B_R=tile["B_R"],
-            B_K=tile["B_K"],
-            **options(tile["num_warps"], registers=255),
+            stride_a,
+            RANK=p.known_rank,
+            ALIGNED=p.aligned,
+            TRANSPOSED=transposed,
+            PARTS=p.parts,
+            B_M=p.b_rows,
+            B_R=p.b_rank,
+            B_K=p.b_features,
+            **options(p.num_warps, registers=255),
         )
     return h
 
 
-def _expand(h: Tensor, B: Tensor, scaling: float, base: Tensor | None, y: Tensor) -> None:
+def _expand(
+    p: Plan,
+    h: Tensor,
+    B: Tensor,
+    stride_b: int,
+    scaling: float,
+    base: tuple[Tensor, int] | None,
+    y: Tensor,
+    *,
+    transposed: bool,
+) -> None:
     """y = base + scaling · h Bᵀ; summed over the samples where y has one and h has several."""
     if not y.numel():
         return
-    (samples, parts, rows, b_rank), (_, out, rank) = h.shape, B.shape
-    start, stride_base = (y, 0) if base is None else rows_and_stride(base)
-    summed = samples if y.shape[0] != samples else 1
-    tile = tile_of(rows, rank, B.element_size())
-    expand_kernel[triton.cdiv(out, COLUMNS), triton.cdiv(rows, tile["B_M"]), y.shape[0]](
+    (samples, _, rows, _), rank, out = h.shape, B.shape[1 if transposed else 2], y.shape[2]
+    start, stride_base = (y, 0) if base is None else base
+    expand_kernel[triton.cdiv(out, p.b_columns), triton.cdiv(rows, p.b_rows), len(y)](
         h,
         B,
         start,
         y,
         rows,
         out,
-        summed,
-        *B.stride(),
+        rank,
+        samples if len(y) != samples else 1,
+        stride_b,
         stride_base,
         scaling,
-        RANK=rank,
-        PARTS=parts,
-        PACKED=B.stride()[1:] == (rank, 1),
+        RANK=p.known_rank,
+        ALIGNED=p.aligned,
+        TRANSPOSED=transposed,
+        PARTS=p.parts,
         HAS_BASE=base is not None,
-        B_M=tile["B_M"],
-        B_R=b_rank,
-        B_N=COLUMNS,
-        **options(tile["num_warps"], registers=255),
+        B_M=p.b_rows,
+        B_R=p.b_rank,
+        B_N=p.b_columns,
+        **options(p.num_warps, registers=255),
     )
 
 
-def _outer(h: Tensor, x: Tensor, scaling: float, g: Tensor) -> None:
-    """g = scaling · hᵀ x, [S, r, in]."""
+def _outer(p: Plan, h: Tensor, x: Tensor, stride_x: int, scaling: float, g: Tensor, *, transposed: bool) -> None:
+    """g = scaling · hᵀ x, [S, r, in], or [S, in, r] if transposed."""
     if not g.numel():
         return
-    x, stride_x = rows_and_stride(x)
-    (samples, parts, rows, b_rank), (_, rank, features) = h.shape, g.shape
-    tile = tile_of(rows, rank, g.element_size())
-    outer_kernel[triton.cdiv(features, COLUMNS), samples](
+    (samples, _, rows, _), rank, features = h.shape, g.shape[2 if transposed else 1], x.shape[2]
+    outer_kernel[triton.cdiv(features, p.b_columns), samples](
         h,
         x,
         g,
         rows,
         features,
+        rank,
         stride_x,
-        *g.stride()[1:],
         scaling,
-        RANK=rank,
-        PARTS=parts,
-        TYPE=TYPES[g.dtype],
-        B_M=min(tile["B_M"], OUTER_ROWS),
-        B_R=b_rank,
-        B_N=COLUMNS,
-        **options(tile["num_warps"], registers=255),
+        RANK=p.known_rank,
+        ALIGNED=p.aligned,
+        TRANSPOSED=transposed,
+        PARTS=p.parts,
+        B_M=min(p.b_rows, OUTER_ROWS),
+        B_R=p.b_rank,
+        B_N=p.b_columns,
+        **options(p.num_warps, registers=255),
     )
