@@ -7,7 +7,7 @@ Four ops, each with the same name in every layer: :func:`collect_`, :func:`draw`
 from swag_kernels.average import AverageState
 from swag_kernels.backend import backend, info
 from swag_kernels.layout import BLOCK, arena_size, segment_table
-from swag_kernels.ops import bayes_average_, collect_, draw, sampled_lora
+from swag_kernels.ops import bayes_average_, collect_, draw, sampled_lora, sampled_lora_linear
 
 __version__ = "0.1.0"
 
@@ -21,5 +21,6 @@ __all__ = [
     "draw",
     "info",
     "sampled_lora",
+    "sampled_lora_linear",
     "segment_table",
 ]

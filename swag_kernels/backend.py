@@ -19,7 +19,15 @@ BACKENDS = {"triton": "triton", "cpu": "native", "reference": "reference"}
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 _DEFAULT = ("reference",)
 
-OPS = ("collect_", "draw", "sampled_lora", "sampled_lora_", "sampled_lora_backward", "bayes_average_")
+OPS = (
+    "collect_",
+    "draw",
+    "sampled_lora",
+    "sampled_lora_",
+    "sampled_lora_linear",
+    "sampled_lora_backward",
+    "bayes_average_",
+)
 
 _forced: ContextVar[str | None] = ContextVar("swag_kernels_backend", default=None)
 

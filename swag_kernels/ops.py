@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from swag_kernels.average import AverageState
 from swag_kernels.backend import select
@@ -26,6 +27,9 @@ _library.define(
     "float diag_scale, float low_rank_scale, bool antithetic, Tensor layout, ScalarType dtype) -> Tensor"
 )
 _library.define("sampled_lora(Tensor x, Tensor A, Tensor B, float scaling, Tensor base) -> Tensor")
+_library.define(
+    "sampled_lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, float scaling) -> Tensor"
+)
 _library.define("sampled_lora_(Tensor x, Tensor A, Tensor B, float scaling, Tensor(a!) base) -> ()")
 _library.define(
     "sampled_lora_backward(Tensor grad, Tensor x, Tensor A, Tensor B, float scaling) -> (Tensor, Tensor, Tensor)"
@@ -38,7 +42,7 @@ _ops = torch.ops.swag_kernels
 # Overloads resolved once, because that costs as much as a small op.
 _collect, _draw, _bayes_average = _ops.collect_.default, _ops.draw.default, _ops.bayes_average_.default
 _sampled_lora, _sampled_lora_inplace = _ops.sampled_lora.default, _ops.sampled_lora_.default
-_sampled_lora_backward = _ops.sampled_lora_backward.default
+_sampled_lora_backward, _sampled_lora_linear = _ops.sampled_lora_backward.default, _ops.sampled_lora_linear.default
 
 
 def _require(condition: bool, message: str) -> None:
@@ -241,6 +245,47 @@ def sampled_lora(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Tensor) 
     return _sampled_lora(x, A, B, scaling, base)
 
 
+def sampled_lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+) -> Tensor:
+    """A linear layer and each sample's LoRA update of it: ``y_s = x_s Wᵀ + bias + scaling · (x_s A_sᵀ) B_sᵀ``.
+
+    What `sampled_lora` gives after the layer, up to rounding; in one kernel where that is faster. (LoRAFusion, Zhu et al.
+    2025, adds the update inside the layer's product.)
+
+    Args:
+        x: ``[S or 1, M, in]``.
+        weight: ``[out, in]``, and bias: ``[out]`` or None, of x's dtype.
+        A: ``[S, r, in]``, and B: ``[S, out, r]``, as for `sampled_lora`.
+
+    Returns:
+        ``[S, M, out]``, in the layer's dtype.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    given = (x, weight, A, B) if bias is None else (x, weight, bias, A, B)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        return sampled_lora(x, A, B, scaling, linear(x, weight, bias))
+    return _sampled_lora_linear(x, weight, bias, A, B, scaling)
+
+
+def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> torch.dtype:
+    for name, t, axes in (("weight", weight, 2), ("bias", bias, 1)):
+        if t is not None and (t.dim() != axes or t.dtype != x.dtype or t.device != x.device):
+            raise ValueError(
+                f"sampled_lora_linear: {name} must have {axes} axes and be {x.dtype} on {x.device} as x is, got "
+                f"{t.dtype} {list(t.shape)} on {t.device}"
+            )
+    out, features = weight.shape
+    if x.dim() != 3 or x.shape[2] != features or (bias is not None and bias.shape[0] != out):
+        raise ValueError(
+            f"sampled_lora_linear: expected x [S or 1, M, in], weight [out, in], bias [out], got x {list(x.shape)}, "
+            f"weight {list(weight.shape)}, bias {None if bias is None else list(bias.shape)}"
+        )
+    return _check_lora(x, A, B, x[:, :, :1].expand(-1, -1, out))
+
+
 def _check_lora(x: Tensor, A: Tensor, B: Tensor, base: Tensor) -> torch.dtype:
     """The widest dtype, after a check of everything; in few steps, as small calls take as long as their checks."""
     shapes = x.shape, A.shape, B.shape, base.shape
@@ -282,6 +327,13 @@ def _sampled_lora_inplace_impl(x: Tensor, A: Tensor, B: Tensor, scaling: float, 
     if base.size(0) != A.size(0):
         raise ValueError("sampled_lora_: base cannot broadcast over samples in place")
     select(x.device, dtype).sampled_lora_(x, A, B, scaling, base)
+
+
+def _sampled_lora_linear_impl(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+) -> Tensor:
+    dtype = _check_linear(x, weight, bias, A, B)
+    return select(x.device, dtype).sampled_lora_linear(x, weight, bias, A, B, scaling)
 
 
 def _sampled_lora_backward_impl(
@@ -357,6 +409,7 @@ for _name, _impl in {
     "draw": _draw_impl,
     "sampled_lora": _sampled_lora_impl,
     "sampled_lora_": _sampled_lora_inplace_impl,
+    "sampled_lora_linear": _sampled_lora_linear_impl,
     "sampled_lora_backward": _sampled_lora_backward_impl,
     "bayes_average_": _bayes_average_impl,
 }.items():
@@ -382,6 +435,12 @@ def _sampled_lora_fake(x, A, B, scaling, base) -> Tensor:
 @torch.library.register_fake("swag_kernels::sampled_lora_", lib=_library)
 def _sampled_lora_inplace_fake(x, A, B, scaling, base) -> None:
     _check_lora(x, A, B, base)
+
+
+@torch.library.register_fake("swag_kernels::sampled_lora_linear", lib=_library)
+def _sampled_lora_linear_fake(x, weight, bias, A, B, scaling) -> Tensor:
+    _check_linear(x, weight, bias, A, B)
+    return x.new_empty((A.shape[0], x.shape[1], weight.shape[0]))
 
 
 @torch.library.register_fake("swag_kernels::sampled_lora_backward", lib=_library)

@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -108,6 +109,12 @@ def sampled_lora(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Tensor) 
 
 def sampled_lora_(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Tensor) -> None:
     base.copy_(sampled_lora(x, A, B, scaling, base))
+
+
+def sampled_lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+) -> Tensor:
+    return sampled_lora(x, A, B, scaling, linear(x, weight, bias))
 
 
 def sampled_lora_backward(

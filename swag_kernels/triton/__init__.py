@@ -16,10 +16,20 @@ try:
     from swag_kernels.triton.collect import collect_, recollect
     from swag_kernels.triton.draw import draw
     from swag_kernels.triton.sampled_lora import sampled_lora, sampled_lora_, sampled_lora_backward
+    from swag_kernels.triton.sampled_lora_linear import sampled_lora_linear
 except ImportError as error:
     _reason = f"Triton could not be imported ({error}); install it with 'pip install triton'"
 
-__all__ = ["bayes_average_", "collect_", "draw", "recollect", "sampled_lora", "sampled_lora_", "sampled_lora_backward"]
+__all__ = [
+    "bayes_average_",
+    "collect_",
+    "draw",
+    "recollect",
+    "sampled_lora",
+    "sampled_lora_",
+    "sampled_lora_backward",
+    "sampled_lora_linear",
+]
 
 
 def interpreted() -> bool:

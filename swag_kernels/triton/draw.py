@@ -76,7 +76,6 @@ def draw_kernel(
 
     o_n = tl.arange(0, B_N)
     m_n = o_n < held
-    p_deviations = tl.multiple_of(p_deviations, 16)
     mean = tl.load(tl.multiple_of(p_mean + o_begin, 16) + o_n)  # [B_N]
     std = tl.load(tl.multiple_of(p_std + o_begin, 16) + o_n) * diag_scale
     columns = ()

@@ -12,18 +12,20 @@ MAX_RANK = 64  # beyond, a low-rank product is a matrix product like any other
 KNOWN_RANKS = (8, 16, 32, 64)
 CHUNKS = 4  # of the long axis, each summed on its own
 CHUNK_STEP = 256  # of which a chunk is a multiple
-SPREAD = 512  # programs below which every chunk gets one of its own
+SPREAD = 256  # programs below which every chunk gets one of its own
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Tile of rows, ranks, long-axis elements and columns of the result; ``parts`` programs share the long axis. ``aligned``: 16 bytes can be
+    """Tile of rows, ranks, long-axis elements and columns of the result, of which a program of expand makes ``tiles``;
+    ``parts`` programs of shrink share the long axis. ``aligned``: 16 bytes can be
     loaded at once; ``known_rank``: the rank where it is a constant of the kernels, else 0."""
 
     b_rows: int
     b_rank: int
     b_features: int
     b_columns: int
+    tiles: int
     parts: int
     num_warps: int
     aligned: bool
@@ -39,18 +41,18 @@ def plan(samples: int, rows: int, rank: int, dtype: torch.dtype, *tensors: Tenso
     few = rows <= 16
     if rank > MAX_RANK or (dtype == torch.float32 and not few):
         return None
-    aligned = all(map(_is_aligned, tensors))
+    aligned = all(map(is_aligned, tensors))
     known_rank = rank if aligned and rank in KNOWN_RANKS else 0
     b_rank = max(16, known_rank or (16 if aligned and rank <= 16 else MAX_RANK))
     narrow = dtype == torch.float32 or b_rank > max(16, known_rank)
     b_columns = 64 if narrow else 128
     if few:
-        b_features = 64 if narrow else 4096 // b_rank
-        return Plan(16, b_rank, b_features, b_columns, CHUNKS, 4, aligned, known_rank)
+        b_features = 32 if dtype == torch.float32 else 64 if narrow else 4096 // b_rank
+        return Plan(16, b_rank, b_features, b_columns, 1, CHUNKS, 4, aligned, known_rank)
     parts = CHUNKS if samples * -(-rows // 64) < SPREAD else 1
-    return Plan(64, b_rank, 64, b_columns, parts, 8 if b_rank > 16 else 4, aligned, known_rank)
+    return Plan(64, b_rank, 64, b_columns, 4, parts, 8 if b_rank > 16 else 4, aligned, known_rank)
 
 
-def _is_aligned(t: Tensor) -> bool:
+def is_aligned(t: Tensor) -> bool:
     """Whether all rows start at multiples of 16 bytes and have whole multiples of them."""
     return t.data_ptr() % 16 == 0 and t.shape[-1] % 8 == 0 and t.stride(0) % 8 == 0

@@ -110,7 +110,6 @@ def expand_kernel(
     rows: tl.int32,
     out: tl.int32,
     rank: tl.int32,
-    samples: tl.int32,
     stride_b: tl.int64,
     stride_base: tl.int64,
     scaling: tl.float32,
@@ -119,41 +118,34 @@ def expand_kernel(
     TRANSPOSED: tl.constexpr,
     PARTS: tl.constexpr,
     HAS_BASE: tl.constexpr,
+    TILES: tl.constexpr,
     B_M: tl.constexpr,
     B_R: tl.constexpr,
     B_N: tl.constexpr,
 ):
-    """One tile of y for each sample, or with `samples` > 1 one tile of the sum over so many samples; a sample of B is
-    [out, r], or [r, out] if TRANSPOSED."""
-    i_n, i_m, i_sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """TILES tiles of y side by side, which share the tile of h; a sample of B is [out, r], or [r, out] if TRANSPOSED."""
+    i_n, i_m, i_sample = tl.program_id(0) * TILES, tl.program_id(1), tl.program_id(2).to(tl.int64)
     r = _rank(rank, RANK)
     out = _width(out, ALIGNED)
     o_m = i_m * B_M + tl.arange(0, B_M)
-    o_n = i_n * B_N + tl.arange(0, B_N)
     o_r = tl.arange(0, B_R)
-    m_r, m_n = o_r < r, o_n < out
-    m_y = (o_m < rows)[:, None] & m_n[None, :]
-    o_y = o_m.to(tl.int64)[:, None] * out + o_n[None, :]
-    o_b = o_r[:, None] * out + o_n[None, :] if TRANSPOSED else o_n[None, :] * r + o_r[:, None]
-    total = tl.zeros([B_M, B_N], tl.float32)
-    for i in tl.range(0, samples, num_stages=1):  # mostly one, for which a pipeline would only take shared memory
-        i_from = i_sample + i
-        h = _load_h(p_h, i_from, o_m, rows, PARTS, _columns_of_h(RANK, B_R), B_R)
-        p_columns = p_b + i_from * stride_b
-        if ALIGNED:
-            p_columns = tl.multiple_of(p_columns, 16)
-        b = tl.load(p_columns + o_b, mask=m_r[:, None] & m_n[None, :], other=0.0)  # [B_R, B_N]
-        total = tl.dot(h.to(b.dtype), b, total, input_precision="ieee")
-    total = total * scaling
-    if HAS_BASE:
-        p_start = p_base + i_sample * stride_base
-        if ALIGNED:
-            p_start = tl.multiple_of(p_start, 16)
-        total += tl.load(p_start + o_y, mask=m_y, other=0.0).to(tl.float32)
-    p_result = p_y + i_sample * rows * out
+    o_row = o_m.to(tl.int64)[:, None] * out
+    p_b += i_sample * stride_b
+    p_base += i_sample * stride_base
+    p_y += i_sample * rows * out
     if ALIGNED:
-        p_result = tl.multiple_of(p_result, 16)
-    tl.store(p_result + o_y, total.to(p_y.dtype.element_ty), mask=m_y)
+        p_b, p_base, p_y = tl.multiple_of(p_b, 16), tl.multiple_of(p_base, 16), tl.multiple_of(p_y, 16)
+    h = _load_h(p_h, i_sample, o_m, rows, PARTS, _columns_of_h(RANK, B_R), B_R).to(p_b.dtype.element_ty)
+    for i in tl.range(0, TILES, num_stages=1):
+        o_n = (i_n + i) * B_N + tl.arange(0, B_N)
+        m_n = o_n < out
+        m_y = (o_m < rows)[:, None] & m_n[None, :]
+        o_b = o_r[:, None] * out + o_n[None, :] if TRANSPOSED else o_n[None, :] * r + o_r[:, None]
+        b = tl.load(p_b + o_b, mask=(o_r < r)[:, None] & m_n[None, :], other=0.0)  # [B_R, B_N]
+        y = tl.dot(h, b, input_precision="ieee") * scaling
+        if HAS_BASE:
+            y += tl.load(p_base + o_row + o_n[None, :], mask=m_y, other=0.0).to(tl.float32)
+        tl.store(p_y + o_row + o_n[None, :], y.to(p_y.dtype.element_ty), mask=m_y)
 
 
 @kernel
@@ -244,7 +236,10 @@ def sampled_lora_backward(
     with on_device_of(x):
         hidden = _shrink(chosen, x, stride_x, A, stride_a, transposed=False)
         d_hidden = _shrink(chosen, grad, stride_grad, B, stride_b, transposed=True)
-        _expand(chosen, d_hidden, A, stride_a, scaling, None, dx, transposed=True)
+        every = dx if len(x) == samples else x.new_empty(samples, *x.shape[1:])
+        _expand(chosen, d_hidden, A, stride_a, scaling, None, every, transposed=True)
+        if every is not dx:
+            torch.sum(every, dim=0, keepdim=True, out=dx)
         _outer(chosen, d_hidden, x, stride_x, scaling, dA, transposed=False)
         _outer(chosen, hidden, grad, stride_grad, scaling, dB, transposed=True)
     return dx, dA, dB
@@ -288,12 +283,12 @@ def _expand(
     *,
     transposed: bool,
 ) -> None:
-    """y = base + scaling · h Bᵀ; summed over the samples where y has one and h has several."""
+    """y = base + scaling · h Bᵀ."""
     if not y.numel():
         return
-    (samples, _, rows, _), rank, out = h.shape, B.shape[1 if transposed else 2], y.shape[2]
+    rows, rank, out = h.shape[2], B.shape[1 if transposed else 2], y.shape[2]
     start, stride_base = (y, 0) if base is None else base
-    expand_kernel[triton.cdiv(out, p.b_columns), triton.cdiv(rows, p.b_rows), len(y)](
+    expand_kernel[triton.cdiv(out, p.tiles * p.b_columns), triton.cdiv(rows, p.b_rows), len(y)](
         h,
         B,
         start,
@@ -301,7 +296,6 @@ def _expand(
         rows,
         out,
         rank,
-        samples if len(y) != samples else 1,
         stride_b,
         stride_base,
         scaling,
@@ -310,6 +304,7 @@ def _expand(
         TRANSPOSED=transposed,
         PARTS=p.parts,
         HAS_BASE=base is not None,
+        TILES=p.tiles,
         B_M=p.b_rows,
         B_R=p.b_rank,
         B_N=p.b_columns,

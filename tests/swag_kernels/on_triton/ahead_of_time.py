@@ -58,8 +58,7 @@ def report_amd(text: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
-    every = configurations()
-    share, shares = int(sys.argv[2]), int(sys.argv[3])
-    for number, one in enumerate(every):
+    name, share, shares = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    for number, one in enumerate(configurations(wide=name in ("sm_90", "sm_100"))):
         if number % shares == share:
-            print(json.dumps(report(one, TARGETS[sys.argv[1]])), flush=True)
+            print(json.dumps(report(one, TARGETS[name])), flush=True)

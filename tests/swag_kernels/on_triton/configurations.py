@@ -16,8 +16,9 @@ from triton.runtime.jit import JITFunction
 from swag_kernels import segment_table
 
 # By name, because the package's attributes of the same names are the ops.
-bayes_average, collect, draw, sampled_lora = (
-    import_module(f"swag_kernels.triton.{name}") for name in ("bayes_average", "collect", "draw", "sampled_lora")
+bayes_average, collect, draw, sampled_lora, sampled_lora_linear = (
+    import_module(f"swag_kernels.triton.{name}")
+    for name in ("bayes_average", "collect", "draw", "sampled_lora", "sampled_lora_linear")
 )
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -42,11 +43,13 @@ class Configuration:
         return f"{self.kernel.__name__} {pointers | dict(self.constants)}"
 
 
-def configurations() -> list[Configuration]:
+def configurations(wide: bool) -> list[Configuration]:
+    """``wide``: for the targets that take the wide tiles of sampled_lora_linear."""
     found: dict[Configuration, None] = {}
     with recorded(found):
         for calls in (collect_calls, draw_calls, average_calls, lora_calls):
             calls()
+        linear_calls(sampled_lora_linear.WIDE_TILES if wide else sampled_lora_linear.TILES)
     return sorted(found, key=lambda one: one.title)
 
 
@@ -128,3 +131,10 @@ def lora_calls() -> None:
             sampled_lora.sampled_lora_(x, A, B, 1.0, base)
             if base_dtype == dtype:
                 sampled_lora.sampled_lora_backward(base, x, A, B, 1.0)
+
+
+def linear_calls(tiles: tuple[tuple[int, int], ...]) -> None:
+    for dtype, rank, has_bias, tile in product(HALVES, (1, 16, 17, 32), (True, False), tiles):
+        x, weight, A = (torch.empty(shape, dtype=dtype) for shape in ((2, 70, 128), (48, 128), (2, rank, 128)))
+        bias = torch.empty(48, dtype=dtype) if has_bias else None
+        sampled_lora_linear.fused(x, weight, bias, A, torch.empty(2, 48, rank, dtype=dtype), 1.0, tile)
