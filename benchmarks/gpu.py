@@ -206,6 +206,8 @@ def write(rows: list[Row], device: torch.device) -> Path:
 
 def main() -> None:
     """Every part, each with its rows printed at once; one that fails leaves the others' rows and an exit status."""
+    if not torch.cuda.is_available():
+        sys.exit("torch finds no GPU")
     device = torch.device("cuda")
     parts: list[Callable[[torch.device], Iterable[Row]]] = [
         collect_rows,
