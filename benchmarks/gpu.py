@@ -30,6 +30,8 @@ RESULTS = Path(__file__).parent / "results"
 LARGE = "Llama-3-8B r=16 all-linear"
 RANK, SAMPLES = 20, 32
 
+Part = Callable[[torch.device], Iterable[Row]]
+
 
 def collect_rows(device: torch.device, size: str = LARGE) -> Iterator[Row]:
     for dtype, target in ((torch.float32, 0.85), (torch.bfloat16, 0.85)):
@@ -204,36 +206,36 @@ def write(rows: list[Row], device: torch.device) -> Path:
     return file
 
 
+def run(parts: Iterable[Part], device: torch.device) -> tuple[list[Row], list[str]]:
+    """The rows of all parts, printed and written as they come, and the names of the parts that failed."""
+    rows: list[Row] = []
+    failed = []
+    for part in parts:
+        try:
+            with torch.no_grad():
+                for row in part(device):
+                    rows.append(row)
+                    print(f"{row.case} | {row.baseline}: {row.ratio:.2f} {row.verdict}", flush=True)
+        except Exception:
+            traceback.print_exc()
+            failed.append(part.__name__)
+        torch.cuda.empty_cache()
+        file = write(rows, device)
+        print(f"{part.__name__}: written to {file}.json and .md", flush=True)
+    return rows, failed
+
+
 def main() -> None:
-    """Every part, each with its rows printed at once; one that fails leaves the others' rows and an exit status."""
+    """Every part; one that fails leaves the others' rows, and an exit status."""
     if not torch.cuda.is_available():
         sys.exit("torch finds no GPU")
     device = torch.device("cuda")
-    parts: list[Callable[[torch.device], Iterable[Row]]] = [
-        collect_rows,
-        draw_rows,
-        lora_rows,
-        extra_rows,
-        average_rows,
-    ]
+    parts: list[Part] = [collect_rows, draw_rows, lora_rows, extra_rows, average_rows]
     if torch.cuda.get_device_properties(device).total_memory >= LEAST_MEMORY:
         parts.append(model_rows)
     else:
         print(f"no rows of a whole model: they need {LEAST_MEMORY >> 30} GiB of memory on the GPU")
-    rows: list[Row] = []
-    failed = []
-    with torch.no_grad():
-        for part in parts:
-            try:
-                for row in part(device):
-                    rows.append(row)
-                    print(f"{row.case} | {row.baseline}: {row.ratio:.2f} {row.verdict}", flush=True)
-            except Exception:
-                traceback.print_exc()
-                failed.append(part.__name__)
-            torch.cuda.empty_cache()
-            file = write(rows, device)
-    print(f"written: {file}.json and .md")
+    _, failed = run(parts, device)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

@@ -37,7 +37,7 @@ def assert_numbers(rows):
 
 
 def test_rows_of_a_model():
-    rows = list(model_rows(CPU, TINY, "tiny", decode_samples=4, eval_samples=2, length=9, rounds=3))
+    rows = list(model_rows(CPU, TINY, "tiny", decode_samples=4, eval_samples=2, length=9, rounds=4))
     loops = ["published loop (resample on the host, K forwards)", "loop over the same kept weights"]
     decode = [
         "one plain LoRA step",
@@ -89,17 +89,26 @@ def test_rows_of_the_ops(monkeypatch):
             assert_numbers(rows)
 
 
-def test_a_table_is_written(monkeypatch, tmp_path):
-    row = Row("a case", "another", 2.0, 3e-4, 1.5, 1.4, 1.6, 1.2)
+def test_a_table_is_written_whatever_fails(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(gpu, "machine", lambda: "a machine, torch 0")
     monkeypatch.setattr(gpu, "copy_bandwidth", lambda device: 3e12)
     monkeypatch.setattr(gpu, "matmul_rate", lambda device: 7e14)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU 80GB")
-    file = gpu.write([row], CPU)
-    assert file.name == "some-gpu-80gb"
+
+    def broken(device):
+        yield Row("a case", "another", 2.0, 3e-4, 1.5, 1.4, 1.6, 1.2)
+        raise AssertionError("off by 1")
+
+    def sound(device):
+        return [Row("a slow case", "its limit", 0.02, 0.01, 0.5, 0.4, 0.6)]
+
+    rows, failed = gpu.run([broken, sound], CPU)
+    assert len(rows) == 2 and failed == ["broken"]
+    file = tmp_path / "results" / "some-gpu-80gb"
     result = json.loads(file.with_suffix(".json").read_text())
     assert result["limits"]["copy_bytes_per_s"] == 3e12 and result["rows"][0]["verdict"] == "≥ 1.2: reached"
     table = file.with_suffix(".md").read_text()
     assert "| a case | another | 2 s | 300 µs | 1.50 (1.40 – 1.60) | ≥ 1.2: reached |" in table
+    assert "| a slow case | its limit | 20 ms | 10 ms | 0.50 (0.40 – 0.60) |  |" in table
     assert "copy 3.00 TB/s" in table and "a machine, torch 0" in table
