@@ -85,6 +85,7 @@ def matmul_rate(device: torch.device, size: int = 8192) -> float:
     return 2 * size**3 / statistics.median(alternate({"mm": lambda: a @ b}, device)["mm"])
 
 
+@cache
 def machine() -> str:
     """The line under the table: GPU, driver and CUDA, then the host's as in `harness.machine`."""
     name, total = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
