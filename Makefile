@@ -3,8 +3,12 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h') CMakeLists.txt setup.py
 JOBS ?= 2
+GPU_JOBS ?= 8
+ON_TRITON := tests/swag_kernels/on_triton
+FROM_SOURCE = PYTHONPATH=.:python$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON)
 
-.PHONY: demo test bench gpu lint clean
+.PHONY: demo test bench gpu gpu-build gpu-test gpu-memcheck gpu-bench lint clean
+.NOTPARALLEL:
 
 demo: $(VENV)/.built
 	$(BIN)/swag-lora demo
@@ -15,11 +19,23 @@ test: $(VENV)/.built
 bench: $(VENV)/.built
 	$(BIN)/pytest benchmarks -p no:xdist --benchmark-only --benchmark-disable-gc -s
 
-# On a machine with a GPU, from the source tree and with the packages that PYTHON has: nothing is installed.
-gpu:
+# On a machine with a GPU, from the source tree and with the packages that PYTHON has: nothing is installed. `make -k gpu`
+# times the ops even where a test has failed.
+gpu: gpu-test gpu-memcheck gpu-bench
+
+gpu-build:
 	$(PYTHON) -c "import swag_kernels._C" 2>/dev/null || $(PYTHON) setup.py --quiet build_ext --inplace
-	PYTHONPATH=.:python $(PYTHON) -m pytest tests/swag_kernels/on_triton --ignore tests/swag_kernels/on_triton/test_ahead_of_time.py
-	PYTHONPATH=.:python $(PYTHON) benchmarks/gpu.py
+
+# In several processes, because Triton takes longer to compile the kernels' variants than the GPU to run them.
+gpu-test: gpu-build
+	$(FROM_SOURCE) -m pytest -n $(GPU_JOBS) --dist worksteal --ignore $(ON_TRITON)/test_ahead_of_time.py \
+		$(ON_TRITON) tests/swag_lora/test_capture.py
+
+gpu-memcheck: gpu-build
+	$(FROM_SOURCE) $(ON_TRITON)/memcheck.py
+
+gpu-bench: gpu-build
+	$(FROM_SOURCE) benchmarks/gpu.py
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
-"""The four ops on a GPU: `make gpu` runs this after the tests and keeps the table in benchmarks/results.
+"""The four ops and a whole model on a GPU: `make gpu` runs this after the tests and keeps the table in benchmarks/results.
 
-Times are the device's, between events, with cold caches: before each call 256 MiB are written. Functions take turns, and
-each one's result was compared with the others' before.
+Times of ops are the device's, between events, with cold caches: before each call 256 MiB are written. Functions take
+turns, and each one's result was compared with the others' before.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import re
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,49 +21,16 @@ from torch.nn.functional import linear
 
 from bench_bayes_average import plain_average
 from bench_collect import ForeachSwag
-from harness import LORA_SIZES, Row, compare, machine
+from gpu_model import LEAST_MEMORY, model_rows
+from gpu_timing import alternate, copy_bandwidth, copy_of, host_seconds, machine, matmul_rate
+from harness import LORA_SIZES, Row, compare
 from swag_kernels import AverageState, arena_size, bayes_average_, collect_, draw, sampled_lora, segment_table
 
 RESULTS = Path(__file__).parent / "results"
 LARGE = "Llama-3-8B r=16 all-linear"
 RANK, SAMPLES = 20, 32
 
-Functions = Mapping[str, Callable[[], object]]
-
-
-def alternate(functions: Functions, device: torch.device, rounds: int = 15, warmup: int = 3) -> dict[str, list[float]]:
-    """Seconds of each function on the device, called in turn."""
-    flush = torch.empty(64 << 20, device=device)
-    events = {name: [] for name in functions}
-    for index in range(warmup + rounds):
-        for name, function in functions.items():
-            flush.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            function()
-            end.record()
-            if index >= warmup:
-                events[name].append((start, end))
-    torch.cuda.synchronize()
-    return {name: [a.elapsed_time(b) / 1e3 for a, b in pairs] for name, pairs in events.items()}
-
-
-def host_seconds(function: Callable[[], object], calls: int = 50) -> list[float]:
-    """Seconds until the call returns, the device idle before it."""
-    seconds = []
-    for _ in range(calls):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return seconds
-
-
-def copy_of(elements: int, device: torch.device) -> Callable[[], object]:
-    """Reads and writes so many float32 elements in all."""
-    source = torch.zeros(max(elements // 2, 1), device=device)
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source)
+Part = Callable[[torch.device], Iterable[Row]]
 
 
 def collect_rows(device: torch.device, size: str = LARGE) -> Iterator[Row]:
@@ -92,7 +60,7 @@ def collect_rows(device: torch.device, size: str = LARGE) -> Iterator[Row]:
         functions[copied] = copy_of(weights * (20 + dtype.itemsize) // 4, device)
         case = f"collect_ {name_of(dtype)}, {size}, R={RANK}"
         yield from compare(case, alternate(functions, device), "collect_", {copied: target})
-        host = statistics.median(host_seconds(ours))
+        host = statistics.median(host_seconds(ours, device))
         yield Row(f"{case}: host time", "60 µs", host, 60e-6, 60e-6 / host, 60e-6 / host, 60e-6 / host, 1.0)
 
 
@@ -200,37 +168,76 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def markdown(rows: list[Row], device: str) -> str:
+def quantity(seconds: float) -> str:
+    scale, unit = next(((k, u) for k, u in ((1, "s"), (1e3, "ms")) if seconds * k >= 1), (1e6, "µs"))
+    return f"{seconds * scale:.4g} {unit}" if seconds else ""
+
+
+def markdown(rows: list[Row], device: str, limits: str) -> str:
     lines = [
         f"# {device}",
         "",
-        "Medians of one alternating run, cold caches; the ratio is the other's time over ours (20 % – 80 %).",
+        "Medians of one alternating run; the ratio is the other's time over ours (20 % – 80 %). Ops and decode steps with "
+        "cold caches, in time on the device; evaluation in time of the clock.",
         "",
-        "| case | against | ours | theirs | ratio | target |",
+        "| case | against | ours | theirs or limit | ratio | target |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        ours, theirs = (f"{value * 1e6:.1f} µs" if value else "" for value in (row.ours, row.theirs))
         ratio = f"{row.ratio:.2f} ({row.low:.2f} – {row.high:.2f})"
+        ours, theirs = quantity(row.ours), quantity(row.theirs)
         lines.append(f"| {row.case} | {row.baseline} | {ours} | {theirs} | {ratio} | {row.verdict} |")
-    return "\n".join([*lines, "", machine(), ""])
+    return "\n".join([*lines, "", f"Physical limits, measured: {limits}.", "", machine(), ""])
+
+
+def write(rows: list[Row], device: torch.device) -> Path:
+    """The JSON file and the table made from it; the path of both without its ending."""
+    name = torch.cuda.get_device_name()
+    limits = {"copy_bytes_per_s": copy_bandwidth(device), "bfloat16_matmul_flop_per_s": matmul_rate(device)}
+    said = "copy {:.2f} TB/s read and written, bfloat16 matmul {:.0f} TFLOP/s".format(
+        *(v / 1e12 for v in limits.values())
+    )
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()
+    kept = [asdict(row) | {"verdict": row.verdict} for row in rows]
+    result = {"device": name, "machine": machine(), "limits": limits, "rows": kept}
+    file.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    file.with_suffix(".md").write_text(markdown(rows, name, said), encoding="utf-8")
+    return file
+
+
+def run(parts: Iterable[Part], device: torch.device) -> tuple[list[Row], list[str]]:
+    """The rows of all parts, printed and written as they come, and the names of the parts that failed."""
+    rows: list[Row] = []
+    failed = []
+    for part in parts:
+        try:
+            with torch.no_grad():
+                for row in part(device):
+                    rows.append(row)
+                    print(f"{row.case} | {row.baseline}: {row.ratio:.2f} {row.verdict}", flush=True)
+        except Exception:
+            traceback.print_exc()
+            failed.append(part.__name__)
+        torch.cuda.empty_cache()
+        file = write(rows, device)
+        print(f"{part.__name__}: written to {file}.json and .md", flush=True)
+    return rows, failed
 
 
 def main() -> None:
+    """Every part; one that fails leaves the others' rows, and an exit status."""
+    if not torch.cuda.is_available():
+        sys.exit("torch finds no GPU")
     device = torch.device("cuda")
-    rows: list[Row] = []
-    with torch.no_grad():
-        for part in (collect_rows, draw_rows, lora_rows, extra_rows, average_rows):
-            for row in part(device):
-                rows.append(row)
-                print(f"{row.case} | {row.baseline}: {row.ratio:.2f} {row.verdict}", flush=True)
-    name = torch.cuda.get_device_name()
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()
-    result = {"device": name, "machine": machine(), "rows": [asdict(row) | {"verdict": row.verdict} for row in rows]}
-    file.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    file.with_suffix(".md").write_text(markdown(rows, name), encoding="utf-8")
-    print(f"written: {file}.json and .md")
+    parts: list[Part] = [collect_rows, draw_rows, lora_rows, extra_rows, average_rows]
+    if torch.cuda.get_device_properties(device).total_memory >= LEAST_MEMORY:
+        parts.append(model_rows)
+    else:
+        print(f"no rows of a whole model: they need {LEAST_MEMORY >> 30} GiB of memory on the GPU")
+    _, failed = run(parts, device)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
