@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from swag_kernels import sampled_lora
+from swag_kernels import sampled_lora, sampled_lora_linear
 
 from .sample_axis import SampleAxis
 
@@ -66,6 +66,17 @@ def _per_row(weight: Tensor, x: Tensor) -> Tensor:
     return weight.view(len(weight), *(1,) * (x.dim() - weight.dim()), *weight.shape[1:])
 
 
+def _is_plain(layer: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a call of the layer is nothing but the linear map of its own tensors, in this dtype."""
+    return (
+        type(layer) is nn.Linear
+        and type(layer.weight) is nn.Parameter
+        and layer.weight.dtype == dtype
+        and "forward" not in vars(layer)
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+    )
+
+
 class SampledLora(_Sampled):
     """A PEFT LoRA layer on a linear map: the base layer once over all rows, each sample's update by `sampled_lora`.
 
@@ -91,22 +102,28 @@ class SampledLora(_Sampled):
         module, axis = self.module, self.axis
         base = module.base_layer(x, *args, **kwargs) if self._base_is_random else None
         rows = axis.split(x, self.name)
-        if base is None:
-            base = module.base_layer(rows.flatten(0, 1), *args, **kwargs)
-
         A, B = self.samples(self._a), self.samples(self._b)
         dtype = torch.promote_types(A.dtype, B.dtype)
-        device = x.device.type
-        if torch.is_autocast_enabled(device) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)
-        h = module.lora_dropout[self._adapter](_features(rows).to(dtype))
-        base = base.unflatten(0, (len(A) if self._base_is_random else len(rows), -1))[:, : rows.shape[1]]
-        scaling = module.scaling[self._adapter]
-        y = sampled_lora(h, A.to(dtype), B.to(dtype), scaling, _features(base))
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if autocast and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(x.device.type)
+        A, B, scaling = A.to(dtype), B.to(dtype), module.scaling[self._adapter]
+        dropout = module.lora_dropout[self._adapter]
+        dropped = dropout.training and not isinstance(dropout, nn.Identity)
+        layer = module.base_layer
+        if base is None and not (autocast or dropped or args or kwargs) and _is_plain(layer, dtype) and x.dtype == dtype:
+            y = sampled_lora_linear(_features(rows), layer.weight, layer.bias, A, B, scaling)
+            shape = rows.shape[1:-1]
+        else:
+            if base is None:
+                base = layer(rows.flatten(0, 1), *args, **kwargs)
+            base = base.unflatten(0, (len(A) if self._base_is_random else len(rows), -1))[:, : rows.shape[1]]
+            y = sampled_lora(dropout(_features(rows).to(dtype)), A, B, scaling, _features(base))
+            shape = base.shape[1:-1]
         if module.lora_bias[self._adapter]:
             bias = self.samples(f"lora_B.{self._adapter}.bias").unsqueeze(1)
             y = (y + scaling * bias).to(y.dtype)
-        return axis.join(y.unflatten(1, base.shape[1:-1]), x)
+        return axis.join(y.unflatten(1, shape), x)
 
 
 class SampledLinear(_Sampled):
