@@ -1,0 +1,47 @@
+"""What tensors are besides their values, as one object: what was derived from it holds for as long as it compares equal."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from torch import Tensor
+
+from swag_kernels import native
+
+
+def describe(tensors: list[Tensor]) -> object:
+    """Equal for two lists only if they agree in every tensor's address, device, dtype, shape and contiguity.
+
+    Equal to nothing where values are not simply what the memory holds: sparse, nested, fake, on the meta device, lazily
+    conjugated, negated or zero. Some 50 ns a tensor with the extension, else 400.
+
+    Raises:
+        TypeError: an element is no tensor.
+    """
+    described = _native()(tensors)
+    return _by_getters(tensors) if described is None else described
+
+
+_native = cache(native.describer)
+
+
+def _by_getters(tensors: list[Tensor]) -> object:
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"expected tensors, got {type(tensor).__name__}")
+    try:
+        addresses = tuple(map(Tensor.data_ptr, tensors))
+        numels = map(Tensor.numel, tensors)
+        if any(not address and numel for address, numel in zip(addresses, numels, strict=True)):
+            return object()
+        if any(map(Tensor.is_neg, tensors)) or any(map(Tensor.is_conj, tensors)):
+            return object()
+        return (
+            addresses,
+            [t.device for t in tensors],
+            [t.dtype for t in tensors],
+            [t.shape for t in tensors],
+            tuple(map(Tensor.is_contiguous, tensors)),
+        )
+    except RuntimeError:  # no storage
+        return object()
