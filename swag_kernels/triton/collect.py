@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from swag_kernels.layout import BLOCK
 from swag_kernels.triton.launch import on_device_of, options
-from swag_kernels.triton.tables import block_table
+from swag_kernels.triton.tables import block_table, keep_for_graph
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MIXED = -1
@@ -99,9 +99,6 @@ class _Known:
     blocks: Tensor
     dtype: int
     aligned: bool
-    captured: list[Tensor] = field(
-        default_factory=list
-    )  # a CUDA graph goes on reading the tables that it was made with
 
 
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -140,8 +137,7 @@ def recollect(
 
 
 def _launch(known: _Known, mean: Tensor, m2: Tensor, deviations: Tensor | None, count: Tensor) -> None:
-    if mean.is_cuda and torch.cuda.is_current_stream_capturing():
-        known.captured += [known.addresses, known.blocks]
+    keep_for_graph(known.addresses, known.blocks)
     size = mean.numel()
     collect_kernel[size // BLOCK,](
         known.addresses,
@@ -200,7 +196,6 @@ def _table(params: list[Tensor], layout: Tensor, buffers: tuple[Any, ...]) -> _K
         blocks,
         DTYPES[dtypes[0]] if len(set(dtypes)) == 1 else MIXED,
         all(pointer % 16 == 0 for pointer in pointers),
-        [] if known is None else known.captured,
     )
     _known[layout] = made
     return made

@@ -10,7 +10,7 @@ from torch import Tensor
 from swag_kernels.layout import BLOCK
 from swag_kernels.triton.launch import on_device_of, options
 from swag_kernels.triton.normal import normals
-from swag_kernels.triton.tables import block_table
+from swag_kernels.triton.tables import block_table, keep_for_graph
 
 _EPS, _Z = tl.constexpr(0), tl.constexpr(1)
 Z_DRAWS = 32  # of one program of z
@@ -127,7 +127,9 @@ def draw(
     z = torch.empty(draws, stride, device=mean.device)
     key = _signed(seed), _signed(seed >> 32)
     compiled = options(tile["num_warps"], exact=True, registers=255)
+    blocks = block_table(layout, size, mean.device)
     with on_device_of(mean):
+        keep_for_graph(blocks)
         if rank:
             z_kernel[stride // 4, triton.cdiv(draws, Z_DRAWS)](
                 z, *key, _signed(first), draws, low_rank_scale, STRIDE=stride, B_D=Z_DRAWS, **compiled
@@ -137,7 +139,7 @@ def draw(
             std,
             mean if deviations is None else deviations,
             z,
-            block_table(layout, size, mean.device),
+            blocks,
             out,
             size,
             *key,
