@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -11,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from swag_kernels.describe import describe
 from swag_kernels.layout import BLOCK
 from swag_kernels.triton.launch import on_device_of, options
 from swag_kernels.triton.tables import block_table, keep_for_graph
@@ -91,10 +91,11 @@ def collect_kernel(
 
 @dataclass
 class _Known:
-    """The table of a layout's last collection, and all that it was made from and checked for."""
+    """The table of a layout's last collection, and the descriptions of all that it was made from and checked for."""
 
-    content: tuple[Any, ...]
-    buffers: tuple[Any, ...]
+    params: object  # contiguous ones, all of them
+    buffers: object
+    version: int
     addresses: Tensor
     blocks: Tensor
     dtype: int
@@ -110,7 +111,8 @@ def collect_(
     with on_device_of(mean):
         if mean.numel():
             contiguous = [p if p.is_contiguous() else p.contiguous() for p in params]
-            known = _table(contiguous, layout, _buffers(mean, m2, deviations, count))
+            known = _table(contiguous, layout, mean.numel(), mean.device)
+            known.buffers = _buffers(mean, m2, deviations, count)
             _launch(known, mean, m2, deviations, count)
         count += 1
 
@@ -125,15 +127,19 @@ def recollect(
     known = _known.get(layout)
     if (
         known is None
+        or known.version != layout._version
         or known.buffers != _buffers(mean, m2, deviations, count)
-        or known.content != _content(params, layout)
-        or not all(map(Tensor.is_contiguous, params))
+        or known.params != describe(params)
     ):
         return False
     with on_device_of(mean):
         _launch(known, mean, m2, deviations, count)
         count += 1
     return True
+
+
+def _buffers(mean: Tensor, m2: Tensor, deviations: Tensor | None, count: Tensor) -> object:
+    return describe([mean, m2, count] if deviations is None else [mean, m2, count, deviations])
 
 
 def _launch(known: _Known, mean: Tensor, m2: Tensor, deviations: Tensor | None, count: Tensor) -> None:
@@ -156,42 +162,23 @@ def _launch(known: _Known, mean: Tensor, m2: Tensor, deviations: Tensor | None, 
     )
 
 
-def _content(params: list[Tensor], layout: Tensor) -> tuple[Any, ...]:
-    """Everything a table is made from: memory that is freed and used again cannot be mistaken for what it held."""
-    return (
-        tuple(map(Tensor.data_ptr, params)),
-        [p.dtype for p in params],
-        tuple(map(Tensor.numel, params)),
-        layout._version,
-    )
-
-
-def _buffers(mean: Tensor, m2: Tensor, deviations: Tensor | None, count: Tensor) -> tuple[Any, ...]:
-    return tuple(
-        t if t is None else (t.data_ptr(), t.dtype, t.shape, t.device, t.stride())
-        for t in (mean, m2, deviations, count)
-    )
-
-
-def _table(params: list[Tensor], layout: Tensor, buffers: tuple[Any, ...]) -> _Known:
+def _table(params: list[Tensor], layout: Tensor, size: int, device: torch.device) -> _Known:
     """The kept table, or one made anew: int64 ``[size / BLOCK, 2]``, the address of each block's part of its tensor and
     the dtype of that."""
-    content, known = _content(params, layout), _known.get(layout)
-    (_, _, (size,), device, _), *_ = buffers
-    if known is not None and known.content == content and known.addresses.device == device:
-        known.buffers = buffers
+    described, blocks, known = describe(params), block_table(layout, size, device), _known.get(layout)
+    if known is not None and known.params == described and known.blocks is blocks:
         return known
-    pointers, dtypes, *_ = content
+    pointers, dtypes = [p.data_ptr() for p in params], [p.dtype for p in params]
     starts = torch.tensor([pointers, [DTYPES[d] for d in dtypes], [d.itemsize for d in dtypes]], dtype=torch.int64)
-    blocks = block_table(layout, size, device)
     tensor, _, _, within = blocks.long().unbind(1)
     if params:
         start, code, itemsize = starts.to(device)[:, tensor]
     else:
         start, code, itemsize = torch.zeros(3, len(tensor), dtype=torch.int64, device=device)
     made = _Known(
-        content,
-        buffers,
+        described,
+        None,
+        layout._version,
         torch.stack((start + within * BLOCK * itemsize, code), dim=1),
         blocks,
         DTYPES[dtypes[0]] if len(set(dtypes)) == 1 else MIXED,
