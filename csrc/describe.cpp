@@ -59,8 +59,8 @@ py::object describe(py::object exchange, py::tuple types, py::list tensors) {
     words.push_back(int64_t{tensor.ndim} << 33 | int64_t{is_contiguous(tensor, numel)} << 32 |
                     int64_t{dtype.code} << 24 | int64_t{dtype.bits} << 16 | int64_t{dtype.lanes});
     words.insert(words.end(), tensor.shape, tensor.shape + tensor.ndim);
-    // DLPack does not tell it, and asking takes as long as all of the above. Views of more elements with the bit are not
-    // contiguous: they are every second real number of complex memory.
+    // DLPack does not tell, and asking for all would take longer than the rest. A negative view of more elements is not
+    // contiguous: it is every second real number of complex memory.
     if (numel == 1 && object.attr("is_neg")().cast<bool>()) return py::none();
   }
   return py::bytes(reinterpret_cast<const char*>(words.data()), words.size() * sizeof(int64_t));

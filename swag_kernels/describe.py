@@ -12,8 +12,9 @@ from swag_kernels import native
 def describe(tensors: list[Tensor]) -> object:
     """Equal for two lists only if they agree in every tensor's address, device, dtype, shape and contiguity.
 
-    Equal to nothing where values are not simply what the memory holds: sparse, nested, fake, on the meta device, lazily
-    conjugated, negated or zero. Some 50 ns a tensor with the extension, else 400.
+    Equal to nothing where the values are not simply what the memory holds: sparse, nested, fake, on the meta device,
+    lazily conjugated or zero, or lazily negated, which is looked for only where no stride gives it away: in one element.
+    Some 50 ns a tensor with the extension, else 400.
 
     Raises:
         TypeError: an element is no tensor.
