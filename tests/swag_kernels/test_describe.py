@@ -108,6 +108,7 @@ def _wrapper():
 
 UNUSUAL = {
     "conjugate": lambda: torch.randn(3, dtype=torch.complex64).conj(),
+    "complex": lambda: torch.randn(3, dtype=torch.complex64),
     "negative": lambda: torch.randn(1, dtype=torch.complex64).conj().imag,
     "negative scalar": lambda: torch.randn((), dtype=torch.complex64).conj().imag,
     "lazily zero": lambda: torch._efficientzerotensor(3),
