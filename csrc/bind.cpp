@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "describe.h"
 
 namespace py = pybind11;
 using swag::Dtype;
@@ -84,6 +85,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("sampled_lora", &sampled_lora);
   m.def("sampled_lora_backward", &sampled_lora_backward);
   m.def("bayes_average", &bayes_average);
+  m.def("describe", &swag::describe);
   m.def("philox", [](std::uintptr_t counters, uint64_t key, std::uintptr_t words, int64_t n) {
     swag::kernels().philox(at<uint32_t>(counters), key, at<uint32_t>(words), n);
   });

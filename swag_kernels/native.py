@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from types import ModuleType
 
@@ -70,6 +70,17 @@ def use_isa(name: str) -> Iterator[None]:
         yield
     finally:
         _kernels().select_isa(before)
+
+
+def describer() -> Callable[[list[Tensor]], bytes | None]:
+    """What the extension can tell of tensors, for :mod:`swag_kernels.describe`; without the extension nothing.
+
+    It reads them by DLPack's exchange API, which torch has from 2.10, and which says nothing of what a subclass means.
+    """
+    if missing():
+        return lambda tensors: None
+    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    return partial(_kernels().describe, exchange, (Tensor, torch.nn.Parameter))
 
 
 def collect_(

@@ -107,7 +107,7 @@ class SwagPosterior:
         if check_finite:
             require_finite(self.layout.names, parameters)
         deviations = self.deviations if self.rank else None
-        collect_([p.detach() for p in parameters], self.mean, self.m2, deviations, self.count, self.layout.table)
+        collect_(parameters, self.mean, self.m2, deviations, self.count, self.layout.table)
 
     def draw(
         self,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -11,9 +10,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from swag_kernels.describe import describe
 from swag_kernels.layout import BLOCK
-from swag_kernels.triton.launch import on_device_of, options
-from swag_kernels.triton.tables import block_table
+from swag_kernels.triton.launch import kernel, on_device_of, options
+from swag_kernels.triton.tables import block_table, keep_for_graph
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MIXED = -1
@@ -49,7 +49,7 @@ def _load_parameter(address, dtype, o_n, held, DTYPE: tl.constexpr, ALIGNED: tl.
     return theta
 
 
-@triton.jit(do_not_specialize=["rank"])
+@kernel
 def collect_kernel(
     p_addresses,
     p_blocks,
@@ -57,8 +57,8 @@ def collect_kernel(
     p_m2,
     p_deviations,
     p_count,
-    size,
-    rank,
+    size: tl.int64,
+    rank: tl.int32,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     HAS_DEVIATIONS: tl.constexpr,
@@ -76,32 +76,37 @@ def collect_kernel(
 
     o_n = tl.arange(0, B_N)
     m_n = o_n < held
-    o_arena = i_block.to(tl.int64) * B_N + o_n
+    o_begin = i_block.to(tl.int64) * B_N
+    p_mean, p_m2 = p_mean + o_begin, p_m2 + o_begin
+    if ALIGNED:
+        p_mean, p_m2 = tl.multiple_of(p_mean, 16), tl.multiple_of(p_m2, 16)
     theta = _load_parameter(address, dtype, o_n, held, DTYPE, ALIGNED)  # [B_N]
-    mean = tl.load(p_mean + o_arena)
-    m2 = tl.load(p_m2 + o_arena)
+    mean = tl.load(p_mean + o_n)
+    m2 = tl.load(p_m2 + o_n)
     delta = theta - mean
     new_mean = mean + tl.div_rn(delta, n)
     deviation = theta - new_mean
-    tl.store(p_mean + o_arena, tl.where(m_n, new_mean, mean))
-    tl.store(p_m2 + o_arena, tl.where(m_n, tl.fma(delta, deviation, m2), m2))
+    tl.store(p_mean + o_n, tl.where(m_n, new_mean, mean))
+    tl.store(p_m2 + o_n, tl.where(m_n, tl.fma(delta, deviation, m2), m2))
     if HAS_DEVIATIONS:
-        tl.store(p_deviations + (seen % rank) * size + o_arena, tl.where(m_n, deviation, 0.0))
+        p_slot = p_deviations + (seen % rank) * size + o_begin
+        if ALIGNED:
+            p_slot = tl.multiple_of(p_slot, 16)
+        tl.store(p_slot + o_n, tl.where(m_n, deviation, 0.0))
 
 
 @dataclass
 class _Known:
-    """The table of a layout's last collection, and all that it was made from and checked for."""
+    """The table of a layout's last collection, and the descriptions of all that it was made from and checked for."""
 
-    content: tuple[Any, ...]
-    buffers: tuple[Any, ...]
+    params: object  # contiguous ones, all of them
+    buffers: object
+    wide: bool  # whether the buffers start at multiples of 16 bytes
+    version: int
     addresses: Tensor
     blocks: Tensor
     dtype: int
     aligned: bool
-    captured: list[Tensor] = field(
-        default_factory=list
-    )  # a CUDA graph goes on reading the tables that it was made with
 
 
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -113,7 +118,9 @@ def collect_(
     with on_device_of(mean):
         if mean.numel():
             contiguous = [p if p.is_contiguous() else p.contiguous() for p in params]
-            known = _table(contiguous, layout, _buffers(mean, m2, deviations, count))
+            known = _table(contiguous, layout, mean.numel(), mean.device)
+            known.buffers = _buffers(mean, m2, deviations, count)
+            known.wide = all(t is None or t.data_ptr() % 16 == 0 for t in (mean, m2, deviations))
             _launch(known, mean, m2, deviations, count)
         count += 1
 
@@ -128,9 +135,9 @@ def recollect(
     known = _known.get(layout)
     if (
         known is None
+        or known.version != layout._version
         or known.buffers != _buffers(mean, m2, deviations, count)
-        or known.content != _content(params, layout)
-        or not all(map(Tensor.is_contiguous, params))
+        or known.params != describe(params)
     ):
         return False
     with on_device_of(mean):
@@ -139,9 +146,12 @@ def recollect(
     return True
 
 
+def _buffers(mean: Tensor, m2: Tensor, deviations: Tensor | None, count: Tensor) -> object:
+    return describe([mean, m2, count] if deviations is None else [mean, m2, count, deviations])
+
+
 def _launch(known: _Known, mean: Tensor, m2: Tensor, deviations: Tensor | None, count: Tensor) -> None:
-    if mean.is_cuda and torch.cuda.is_current_stream_capturing():
-        known.captured += [known.addresses, known.blocks]
+    keep_for_graph(known.addresses, known.blocks)
     size = mean.numel()
     collect_kernel[size // BLOCK,](
         known.addresses,
@@ -153,54 +163,35 @@ def _launch(known: _Known, mean: Tensor, m2: Tensor, deviations: Tensor | None, 
         size,
         1 if deviations is None else len(deviations),
         DTYPE=known.dtype,
-        ALIGNED=known.aligned,
+        ALIGNED=known.aligned and known.wide,
         HAS_DEVIATIONS=deviations is not None,
         B_N=BLOCK,
         **options(4, exact=True),
     )
 
 
-def _content(params: list[Tensor], layout: Tensor) -> tuple[Any, ...]:
-    """Everything a table is made from: memory that is freed and used again cannot be mistaken for what it held."""
-    return (
-        tuple(map(Tensor.data_ptr, params)),
-        [p.dtype for p in params],
-        tuple(map(Tensor.numel, params)),
-        layout._version,
-    )
-
-
-def _buffers(mean: Tensor, m2: Tensor, deviations: Tensor | None, count: Tensor) -> tuple[Any, ...]:
-    return tuple(
-        t if t is None else (t.data_ptr(), t.dtype, t.shape, t.device, t.stride())
-        for t in (mean, m2, deviations, count)
-    )
-
-
-def _table(params: list[Tensor], layout: Tensor, buffers: tuple[Any, ...]) -> _Known:
+def _table(params: list[Tensor], layout: Tensor, size: int, device: torch.device) -> _Known:
     """The kept table, or one made anew: int64 ``[size / BLOCK, 2]``, the address of each block's part of its tensor and
     the dtype of that."""
-    content, known = _content(params, layout), _known.get(layout)
-    (_, _, (size,), device, _), *_ = buffers
-    if known is not None and known.content == content and known.addresses.device == device:
-        known.buffers = buffers
+    described, blocks, known = describe(params), block_table(layout, size, device), _known.get(layout)
+    if known is not None and known.params == described and known.blocks is blocks:
         return known
-    pointers, dtypes, *_ = content
+    pointers, dtypes = [p.data_ptr() for p in params], [p.dtype for p in params]
     starts = torch.tensor([pointers, [DTYPES[d] for d in dtypes], [d.itemsize for d in dtypes]], dtype=torch.int64)
-    blocks = block_table(layout, size, device)
     tensor, _, _, within = blocks.long().unbind(1)
     if params:
         start, code, itemsize = starts.to(device)[:, tensor]
     else:
         start, code, itemsize = torch.zeros(3, len(tensor), dtype=torch.int64, device=device)
     made = _Known(
-        content,
-        buffers,
+        described,
+        None,
+        False,
+        layout._version,
         torch.stack((start + within * BLOCK * itemsize, code), dim=1),
         blocks,
         DTYPES[dtypes[0]] if len(set(dtypes)) == 1 else MIXED,
         all(pointer % 16 == 0 for pointer in pointers),
-        [] if known is None else known.captured,
     )
     _known[layout] = made
     return made

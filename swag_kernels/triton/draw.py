@@ -10,7 +10,7 @@ from torch import Tensor
 from swag_kernels.layout import BLOCK
 from swag_kernels.triton.launch import kernel, on_device_of, options
 from swag_kernels.triton.normal import normals
-from swag_kernels.triton.tables import block_table
+from swag_kernels.triton.tables import block_table, keep_for_graph
 
 _EPS, _Z = tl.constexpr(0), tl.constexpr(1)
 Z_DRAWS = 32  # of one program of z
@@ -135,7 +135,9 @@ def draw(
     z = torch.empty(draws, stride, device=mean.device)
     key = _signed(seed), _signed(seed >> 32)
     compiled = options(4, exact=True, registers=255)
+    blocks = block_table(layout, size, mean.device)
     with on_device_of(mean):
+        keep_for_graph(blocks)
         if rank:
             z_kernel[stride // 4, triton.cdiv(draws, Z_DRAWS)](
                 z, *key, _signed(first), draws, rank, stride, low_rank_scale, B_D=Z_DRAWS, **compiled
@@ -145,7 +147,7 @@ def draw(
             _aligned(std),
             _aligned(mean if deviations is None else deviations),
             z,
-            block_table(layout, size, mean.device),
+            blocks,
             out,
             size,
             *key,

@@ -31,12 +31,7 @@ def _width(n, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _rank(rank, RANK: tl.constexpr):
-    return RANK if RANK else rank
-
-
-@triton.jit
-def _columns_of_h(RANK: tl.constexpr, B_R: tl.constexpr):
-    return RANK if RANK else B_R  # so that rows of h start at multiples of 16 bytes
+    return RANK if RANK else rank  # known where rows of so many elements are to be loaded at once
 
 
 @kernel
@@ -54,11 +49,12 @@ def shrink_kernel(
     ALIGNED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
     B_M: tl.constexpr,
     B_R: tl.constexpr,
     B_K: tl.constexpr,
 ):
-    """h [S, PARTS, M, r or B_R] float32, for one part of the chunks; a sample of A is [r, in], or [in, r] if TRANSPOSED."""
+    """h [S, PARTS, M, WIDTH] float32, for one part of the chunks; a sample of A is [r, in], or [in, r] if TRANSPOSED."""
     i_m, i_part, i_sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     r = _rank(rank, RANK)
     features = _width(features, ALIGNED)
@@ -84,7 +80,6 @@ def shrink_kernel(
             a = tl.load(p_a + o_a, mask=m_k[:, None] & m_r[None, :], other=0.0)  # [B_K, B_R]
             total = tl.dot(x, a, total, input_precision="ieee")
         h += total
-    WIDTH: tl.constexpr = _columns_of_h(RANK, B_R)
     p_out = tl.multiple_of(p_h + (i_sample * PARTS + i_part) * rows * WIDTH, 16)
     tl.store(p_out + o_m[:, None] * WIDTH + o_r[None, :], h, mask=m_m[:, None] & (o_r < WIDTH)[None, :])
 
@@ -117,6 +112,7 @@ def expand_kernel(
     ALIGNED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
     HAS_BASE: tl.constexpr,
     TILES: tl.constexpr,
     B_M: tl.constexpr,
@@ -135,7 +131,7 @@ def expand_kernel(
     p_y += i_sample * rows * out
     if ALIGNED:
         p_b, p_base, p_y = tl.multiple_of(p_b, 16), tl.multiple_of(p_base, 16), tl.multiple_of(p_y, 16)
-    h = _load_h(p_h, i_sample, o_m, rows, PARTS, _columns_of_h(RANK, B_R), B_R).to(p_b.dtype.element_ty)
+    h = _load_h(p_h, i_sample, o_m, rows, PARTS, WIDTH, B_R).to(p_b.dtype.element_ty)
     for i in tl.range(0, TILES, num_stages=1):
         o_n = (i_n + i) * B_N + tl.arange(0, B_N)
         m_n = o_n < out
@@ -162,6 +158,7 @@ def outer_kernel(
     ALIGNED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
     B_M: tl.constexpr,
     B_R: tl.constexpr,
     B_N: tl.constexpr,
@@ -179,7 +176,7 @@ def outer_kernel(
     total = tl.zeros([B_R, B_N], tl.float32)
     for m in tl.range(0, rows, B_M, num_stages=2):
         o_m = m + tl.arange(0, B_M)
-        h = _load_h(p_h, i_sample, o_m, rows, PARTS, _columns_of_h(RANK, B_R), B_R).to(p_x.dtype.element_ty)
+        h = _load_h(p_h, i_sample, o_m, rows, PARTS, WIDTH, B_R).to(p_x.dtype.element_ty)
         p_rows = p_x + o_m.to(tl.int64)[:, None] * features + o_n[None, :]
         x = tl.load(p_rows, mask=(o_m < rows)[:, None] & m_n[None, :], other=0.0)
         total = tl.dot(tl.trans(h), x, total, input_precision="ieee")
@@ -260,10 +257,11 @@ def _shrink(p: Plan, x: Tensor, stride_x: int, A: Tensor, stride_a: int, *, tran
             triton.cdiv(features, CHUNKS * CHUNK_STEP) * CHUNK_STEP,
             stride_x,
             stride_a,
-            RANK=p.known_rank,
+            RANK=p.known_rank if transposed else 0,
             ALIGNED=p.aligned,
             TRANSPOSED=transposed,
             PARTS=p.parts,
+            WIDTH=h.shape[3],
             B_M=p.b_rows,
             B_R=p.b_rank,
             B_K=p.b_features,
@@ -299,10 +297,11 @@ def _expand(
         stride_b,
         stride_base,
         scaling,
-        RANK=p.known_rank,
+        RANK=0 if transposed else p.known_rank,
         ALIGNED=p.aligned,
         TRANSPOSED=transposed,
         PARTS=p.parts,
+        WIDTH=h.shape[3],
         HAS_BASE=base is not None,
         TILES=p.tiles,
         B_M=p.b_rows,
@@ -326,10 +325,11 @@ def _outer(p: Plan, h: Tensor, x: Tensor, stride_x: int, scaling: float, g: Tens
         rank,
         stride_x,
         scaling,
-        RANK=p.known_rank,
+        RANK=p.known_rank if transposed else 0,
         ALIGNED=p.aligned,
         TRANSPOSED=transposed,
         PARTS=p.parts,
+        WIDTH=h.shape[3],
         B_M=min(p.b_rows, OUTER_ROWS),
         B_R=p.b_rank,
         B_N=p.b_columns,

@@ -34,18 +34,22 @@ def report(one: Configuration, target: GPUTarget) -> dict[str, Any]:
         compiled = triton.compile(source, target=target, options=options)
     found = report_amd(compiled.asm["amdgcn"]) if amd else report_nvidia(compiled.asm["ptx"], log.getvalue())
     kernel = one.kernel.__name__.removesuffix("_kernel")
-    return {"title": one.title, "kernel": kernel, "constants": constants, "shared": compiled.metadata.shared, **found}
+    types = {name.removeprefix("p_"): kind.removeprefix("*") for name, kind in one.types}
+    return {"kernel": kernel, "types": types, "constants": constants, "shared": compiled.metadata.shared, **found}
 
 
 def report_nvidia(ptx: str, log: str) -> dict[str, Any]:
-    """What the assembler says, and how wide the loads and stores are: bytes of an access, and their number."""
-    widths: dict[str, dict[str, int]] = {"ld": {}, "st": {}}
+    """What the assembler says, and how wide loads, stores and copies to shared memory are: bytes of one, and their number."""
+    widths: dict[str, dict[str, int]] = {"ld": {}, "st": {}, "copy": {}}
     for kind, vector, bits in re.findall(r"\b(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[bu](\d+)", ptx):
         width = str(int(vector or 1) * int(bits) // 8)
         widths[kind][width] = widths[kind].get(width, 0) + 1
+    for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?\], (0x\w+|\d+)", ptx):
+        width = str(int(size, 0))
+        widths["copy"][width] = widths["copy"].get(width, 0) + 1
     registers = max(int(number) for number in re.findall(r"Used (\d+) registers", log))
     spilled = sum(int(number) for number in re.findall(r"(\d+) bytes spill", log))
-    return {"registers": registers, "spilled": spilled, "widths": widths, "dots": "mma" in ptx}
+    return {"registers": registers, "spilled": spilled, "widths": widths, "on_tensor_cores": "mma" in ptx}
 
 
 def report_amd(text: str) -> dict[str, Any]:
@@ -53,7 +57,7 @@ def report_amd(text: str) -> dict[str, Any]:
         max(int(number) for number in re.findall(rf"\.{key}:\s+(\d+)", text))
         for key in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
     )
-    return {"registers": registers, "spilled": spilled + private, "dots": "mfma" in text}
+    return {"registers": registers, "spilled": spilled + private, "on_tensor_cores": "mfma" in text}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,102 @@
+from importlib import import_module
+
+import pytest
+import torch
+from test_sampled_lora import SCALING, inputs
+from test_sampled_lora_linear import exact_and_plain, layer
+from tolerance import assert_as_accurate_as_torch
+from triton_device import DTYPES
+
+from swag_kernels import sampled_lora_linear
+
+pytest.importorskip("triton")
+module = import_module("swag_kernels.triton.sampled_lora_linear")
+HALVES = [dtype for dtype in DTYPES if dtype != torch.float32]
+TILES = {tile: None for tile in (*module.TILES, *module.WIDE_TILES)}
+
+# S, M, in, out, r: beside the tiles' sizes, more bands of tiles than one, ranks beside the padded ones.
+SIZES = [(2, 32, 64, 8, 1), (3, 70, 192, 136, 8), (1, 700, 64, 24, 17), (2, 129, 128, 264, 32)]
+
+
+def tensors(device, sizes, dtype, bias=True):
+    x, A, B, _ = inputs(*sizes, dtype)
+    given = x, *layer(sizes[2], sizes[3], dtype, bias), A, B
+    exact, plain = exact_and_plain(*given)
+    return [None if t is None else t.to(device) for t in given], exact, plain
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_the_fused_kernel(device, dtype, sizes, tile):
+    for bias in (True, False):
+        given, exact, plain = tensors(device, sizes, dtype, bias)
+        out = module.fused(*given, SCALING, tile)
+        assert_as_accurate_as_torch(out.cpu(), plain, exact)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_strided_samples(device, dtype):
+    """A and B as SampledWeights holds them, and one A for all samples."""
+    S, M, features, out, r = 3, 40, 64, 48, 16
+    buffer = torch.randn(S, 4096).to(device, dtype)
+    A = buffer[:, 1024 : 1024 + r * features].view(S, r, features)
+    B = buffer[:, 2048 : 2048 + out * r].view(S, out, r)
+    (x, weight, bias, *_), _, _ = tensors(device, (S, M, features, out, r), dtype)
+    for A_ in (A, A[:1].expand(S, r, features)):
+        given = x, weight, bias, A_, B
+        exact, plain = exact_and_plain(*(t.cpu() for t in given))
+        assert_as_accurate_as_torch(sampled_lora_linear(*given, SCALING).cpu(), plain, exact)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(2, 31, 64, 48, 8), (2, 40, 65, 48, 8), (2, 40, 64, 47, 8), (2, 40, 64, 48, 33), (2, 40, 64, 48, 65)], ids=str
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_the_kernel_does_not_serve(device, dtype, sizes, monkeypatch):
+    monkeypatch.delattr(module, "fused")
+    given, exact, plain = tensors(device, sizes, dtype)
+    assert_as_accurate_as_torch(sampled_lora_linear(*given, SCALING).cpu(), plain, exact)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_addresses_that_are_no_multiple_of_16(device, dtype, monkeypatch):
+    (x, weight, bias, A, B), exact, plain = tensors(device, (2, 40, 64, 48, 8), dtype)
+    monkeypatch.delattr(module, "fused")
+    for shifted in range(5):
+        given = [x, weight, bias, A, B]
+        t = given[shifted]
+        given[shifted] = torch.cat((t.flatten()[:1], t.flatten()))[1:].view(t.shape)
+        assert_as_accurate_as_torch(sampled_lora_linear(*given, SCALING).cpu(), plain, exact)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_non_finite_values_stay_in_their_row(device, dtype):
+    given, *_ = tensors(device, (2, 40, 64, 48, 8), dtype)
+    clean = module.fused(*given, SCALING, module.TILES[0])
+    given[0][1, 2, 63] = torch.nan
+    out = module.fused(*given, SCALING, module.TILES[0])
+    assert out[1, 2].isnan().all()
+    out[1, 2] = clean[1, 2]
+    assert torch.equal(out, clean)
+
+
+@pytest.mark.gpu
+def test_the_choice(device):
+    """Timed once for a class of calls; fixed where determinism is asked for, and while a graph is captured."""
+    given, exact, plain = tensors(device, (4, 256, 512, 512, 8), torch.bfloat16)
+    key = device, torch.bfloat16, 4, 256, 512, 512, 8, True
+    before = torch.cuda.get_rng_state()
+    chosen = module.fastest(*key)
+    assert chosen is None or chosen in TILES
+    assert module.fastest(*key) == chosen and torch.equal(torch.cuda.get_rng_state(), before)
+    assert_as_accurate_as_torch(sampled_lora_linear(*given, SCALING).cpu(), plain, exact)
+    try:
+        torch.use_deterministic_algorithms(True)
+        assert module.fastest(*key) is None
+    finally:
+        torch.use_deterministic_algorithms(False)
+    module._timed.cache_clear()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        assert module.fastest(*key) is None
+    assert not module._timed.cache_info().currsize
