@@ -83,7 +83,7 @@ def alternate(
 
 
 def compare(
-    case: str, seconds: Mapping[str, list[float]], ours: str, targets: Mapping[str, float] | None = None
+    case: str, seconds: Mapping[str, list[float]], ours: str, targets: Mapping[str, float | None] | None = None
 ) -> list[Row]:
     """Rows of ``ours`` against every other entry: median of the round-by-round ratios, with their 20 % and 80 % quantiles."""
     rows = []
@@ -91,7 +91,7 @@ def compare(
         if name == ours:
             continue
         ratios = sorted(b / a for a, b in zip(seconds[ours], theirs, strict=True))
-        cut = statistics.quantiles(ratios, n=5) if len(ratios) > 1 else [ratios[0]] * 4
+        cut = statistics.quantiles(ratios, n=5, method="inclusive") if len(ratios) > 1 else [ratios[0]] * 4
         rows.append(
             Row(
                 case,
@@ -110,7 +110,7 @@ def compare(
 def limit(case: str, what: str, seconds: list[float], floor: float, target: float | None = None) -> Row:
     """Row of a measured time against the least time the hardware allows: the ratio is the fraction of the limit reached."""
     fractions = sorted(floor / s for s in seconds)
-    cut = statistics.quantiles(fractions, n=5) if len(fractions) > 1 else [fractions[0]] * 4
+    cut = statistics.quantiles(fractions, n=5, method="inclusive") if len(fractions) > 1 else [fractions[0]] * 4
     return Row(case, what, statistics.median(seconds), floor, statistics.median(fractions), cut[0], cut[-1], target)
 
 

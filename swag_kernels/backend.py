@@ -136,6 +136,8 @@ def info() -> None:
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     for device in devices:
         print(f"  on {device}: {_choice(device)}")
+    if _missing("triton") is None:
+        print(f"  sampled_lora by triton: {importlib.import_module('swag_kernels.triton.plan').RULE}")
 
 
 def _choice(device: torch.device) -> str:

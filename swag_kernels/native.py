@@ -182,9 +182,7 @@ def sampled_lora_(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Tensor)
         base.copy_(sampled_lora(x, A, B, scaling, base))
 
 
-def sampled_lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
-) -> Tensor:
+def sampled_lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     base = linear(x, weight, bias)
     if len(base) != len(A):
         return sampled_lora(x, A, B, scaling, base)

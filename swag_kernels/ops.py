@@ -245,9 +245,7 @@ def sampled_lora(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Tensor) 
     return _sampled_lora(x, A, B, scaling, base)
 
 
-def sampled_lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
-) -> Tensor:
+def sampled_lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """A linear layer and each sample's LoRA update of it: ``y_s = x_s Wᵀ + bias + scaling · (x_s A_sᵀ) B_sᵀ``.
 
     What `sampled_lora` gives after the layer, up to rounding; in one kernel where that is faster. (LoRAFusion, Zhu et al.

@@ -111,9 +111,7 @@ def sampled_lora_(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Tensor)
     base.copy_(sampled_lora(x, A, B, scaling, base))
 
 
-def sampled_lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
-) -> Tensor:
+def sampled_lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     return sampled_lora(x, A, B, scaling, linear(x, weight, bias))
 
 

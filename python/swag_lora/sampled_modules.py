@@ -7,7 +7,7 @@ sample's rows with that sample's weights set, up to rounding.
 
 from __future__ import annotations
 
-from typing import Protocol, cast
+from typing import Protocol, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -66,10 +66,11 @@ def _per_row(weight: Tensor, x: Tensor) -> Tensor:
     return weight.view(len(weight), *(1,) * (x.dim() - weight.dim()), *weight.shape[1:])
 
 
-def _is_plain(layer: nn.Module, dtype: torch.dtype) -> bool:
+def _is_plain(layer: nn.Module, dtype: torch.dtype) -> TypeGuard[nn.Linear]:
     """Whether a call of the layer is nothing but the linear map of its own tensors, in this dtype."""
     return (
         type(layer) is nn.Linear
+        and not torch.is_autocast_enabled(layer.weight.device.type)
         and type(layer.weight) is nn.Parameter
         and layer.weight.dtype == dtype
         and "forward" not in vars(layer)
@@ -99,31 +100,33 @@ class SampledLora(_Sampled):
         self.weights = dict(weights)
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        module, axis = self.module, self.axis
+        module, axis, scaling = self.module, self.axis, self.module.scaling[self._adapter]
         base = module.base_layer(x, *args, **kwargs) if self._base_is_random else None
         rows = axis.split(x, self.name)
-        A, B = self.samples(self._a), self.samples(self._b)
-        dtype = torch.promote_types(A.dtype, B.dtype)
-        autocast = torch.is_autocast_enabled(x.device.type)
-        if autocast and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(x.device.type)
-        A, B, scaling = A.to(dtype), B.to(dtype), module.scaling[self._adapter]
-        dropout = module.lora_dropout[self._adapter]
-        dropped = dropout.training and not isinstance(dropout, nn.Identity)
-        layer = module.base_layer
-        if base is None and not (autocast or dropped or args or kwargs) and _is_plain(layer, dtype) and x.dtype == dtype:
+        A, B = self._factors(x.device.type)
+        layer, dropout = module.base_layer, module.lora_dropout[self._adapter]
+        drops = dropout.training and not isinstance(dropout, nn.Identity)
+        if base is None and x.dtype == A.dtype and not (drops or args or kwargs) and _is_plain(layer, A.dtype):
             y = sampled_lora_linear(_features(rows), layer.weight, layer.bias, A, B, scaling)
-            shape = rows.shape[1:-1]
+            y = y.unflatten(1, rows.shape[1:-1])
         else:
             if base is None:
                 base = layer(rows.flatten(0, 1), *args, **kwargs)
             base = base.unflatten(0, (len(A) if self._base_is_random else len(rows), -1))[:, : rows.shape[1]]
-            y = sampled_lora(dropout(_features(rows).to(dtype)), A, B, scaling, _features(base))
-            shape = base.shape[1:-1]
+            y = sampled_lora(dropout(_features(rows).to(A.dtype)), A, B, scaling, _features(base))
+            y = y.unflatten(1, base.shape[1:-1])
         if module.lora_bias[self._adapter]:
-            bias = self.samples(f"lora_B.{self._adapter}.bias").unsqueeze(1)
-            y = (y + scaling * bias).to(y.dtype)
-        return axis.join(y.unflatten(1, shape), x)
+            bias = self.samples(f"lora_B.{self._adapter}.bias")
+            y = (y + scaling * _per_row(bias, y)).to(y.dtype)
+        return axis.join(y, x)
+
+    def _factors(self, device_type: str) -> tuple[Tensor, Tensor]:
+        """A and B in the dtype of the update."""
+        A, B = self.samples(self._a), self.samples(self._b)
+        dtype = torch.promote_types(A.dtype, B.dtype)
+        if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device_type)
+        return A.to(dtype), B.to(dtype)
 
 
 class SampledLinear(_Sampled):

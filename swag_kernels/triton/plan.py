@@ -15,6 +15,12 @@ CHUNK_STEP = 256  # of which a chunk is a multiple
 SPREAD = 256  # programs below which every chunk gets one of its own
 
 
+RULE = (
+    f"kernels up to rank {MAX_RANK}, matrix products beyond and for more than 16 rows of float32; after a linear layer, one "
+    "kernel for both where the first call of its size times that as faster"
+)
+
+
 @dataclass(frozen=True)
 class Plan:
     """Tile of rows, ranks, long-axis elements and columns of the result, of which a program of expand makes ``tiles``;

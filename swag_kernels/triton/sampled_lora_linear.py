@@ -55,7 +55,10 @@ def sampled_lora_linear_kernel(
 ):
     """One tile of one sample's y. The long axis has a multiple of B_K elements, and y a multiple of 8 columns."""
     i_sample = tl.program_id(1).to(tl.int64)
-    features, out = features // B_K * B_K, out // 8 * 8  # the same numbers, which the compiler then knows to be multiples
+    features, out = (
+        features // B_K * B_K,
+        out // 8 * 8,
+    )  # the same numbers, which the compiler then knows to be multiples
     width = BAND * tl.cdiv(out, B_N)
     i_band, within = tl.program_id(0) // width, tl.program_id(0) % width
     height = tl.minimum(tl.cdiv(rows, B_M) - i_band * BAND, BAND)
@@ -91,13 +94,12 @@ def sampled_lora_linear_kernel(
     tl.store(p_y, y.to(p_y.dtype.element_ty), mask=(o_m < rows)[:, None] & m_n[None, :])
 
 
-def sampled_lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
-) -> Tensor:
+def sampled_lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     if not _fits(x, weight, bias, A, B):
         return two_steps(x, weight, bias, A, B, scaling)
-    rows = min(1 << (x.shape[1] - 1).bit_length(), 1024)
-    tile = fastest(x.device, x.dtype, len(A), rows, *weight.shape, A.shape[1], bias is not None)
+    out, features = weight.shape
+    rows = min(1 << (x.shape[1] - 1).bit_length(), 1024)  # of the class
+    tile = fastest(x.device, x.dtype, len(A), rows, out, features, A.shape[1], bias is not None)
     return two_steps(x, weight, bias, A, B, scaling) if tile is None else fused(x, weight, bias, A, B, scaling, tile)
 
 
@@ -169,10 +171,15 @@ def fastest(
     """The tile for a class of calls, or None for the two steps: those too while a graph is captured, in which nothing can
     be timed, and where torch.use_deterministic_algorithms asks that bits depend on no timing."""
     if device.type != "cuda":  # the interpreter
-        return TILES[0]
+        return tiles(device)[0]
     if torch.cuda.is_current_stream_capturing() or torch.are_deterministic_algorithms_enabled():
         return None
     return _timed(device, dtype, samples, rows, out, features, rank, bias)
+
+
+def tiles(device: torch.device) -> tuple[tuple[int, int], ...]:
+    wide = device.type == "cuda" and not ON_AMD and torch.cuda.get_device_capability(device) >= (9, 0)
+    return WIDE_TILES if wide else TILES
 
 
 @cache
@@ -185,8 +192,7 @@ def _timed(
     own = torch.Generator(device)  # timing must not move anybody's random numbers
     x, weight, A, B, b = (torch.randn(shape, generator=own, device=device, dtype=dtype) for shape in shapes)
     given = x, weight, b if bias else None, A, B, 1.0
-    tiles = WIDE_TILES if not ON_AMD and torch.cuda.get_device_capability(device) >= (9, 0) else TILES
-    events: dict[Any, list[Any]] = {tile: [] for tile in (None, *tiles)}
+    events: dict[Any, list[Any]] = {tile: [] for tile in (None, *tiles(device))}
     for turn, tile in product(range(8), events):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -196,5 +202,5 @@ def _timed(
             events[tile].append((start, end))
     torch.cuda.synchronize(device)
     medians = {tile: sorted(a.elapsed_time(z) for a, z in pairs)[2] for tile, pairs in events.items()}
-    best = min(tiles, key=medians.__getitem__)
+    best = min(tiles(device), key=medians.__getitem__)
     return best if medians[best] < MARGIN * medians[None] else None

@@ -50,7 +50,9 @@ def test_strided_samples(device, dtype):
 
 
 @pytest.mark.parametrize(
-    "sizes", [(2, 31, 64, 48, 8), (2, 40, 65, 48, 8), (2, 40, 64, 47, 8), (2, 40, 64, 48, 33), (2, 40, 64, 48, 65)], ids=str
+    "sizes",
+    [(2, 31, 64, 48, 8), (2, 40, 65, 48, 8), (2, 40, 64, 47, 8), (2, 40, 64, 48, 33), (2, 40, 64, 48, 65)],
+    ids=str,
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_the_kernel_does_not_serve(device, dtype, sizes, monkeypatch):
