@@ -62,4 +62,4 @@ def plan(samples: int, rows: int, rank: int, dtype: torch.dtype, *tensors: Tenso
 
 def is_aligned(t: Tensor) -> bool:
     """Whether all rows start at multiples of 16 bytes and have whole multiples of them."""
-    return t.data_ptr() % 16 == 0 and t.shape[-1] % 8 == 0 and t.stride(0) % 8 == 0
+    return t.data_ptr() % 16 == 0 and t.shape[-1] % 8 == 0 and (t.dim() == 1 or t.stride(0) % 8 == 0)

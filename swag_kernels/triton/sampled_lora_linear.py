@@ -160,7 +160,6 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) 
         and len(weight) % 8 == 0
         and weight.is_contiguous()
         and (bias is None or bias.is_contiguous())
-        and A.stride(0) % 8 == 0
         and all(map(is_aligned, tensors))
     )
 

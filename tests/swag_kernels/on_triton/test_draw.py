@@ -1,5 +1,8 @@
 """The kernel against the reference in float64, and the name of a sample: (posterior, seed, k), on this back end as on the CPU."""
 
+from importlib import import_module
+from itertools import product
+
 import pytest
 import torch
 import triton
@@ -87,7 +90,7 @@ def drawn_on_the_cpu(state, number, **settings):
 
 @given(
     numels=st.lists(st.sampled_from([0, 1, 63, 1024, 1025]), min_size=1, max_size=3),
-    rank=st.sampled_from([0, 1, 5, 20]),
+    rank=st.sampled_from([0, 1, 5, 20, 34]),
     samples=st.integers(1, 5),
     first=st.sampled_from([0, 1, 5, 2**32 - 9]),
     antithetic=st.booleans(),
@@ -117,8 +120,7 @@ def test_matches_the_reference_and_the_cpu(device, numels, rank, samples, first,
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("antithetic", [False, True])
-def test_sample_k_depends_on_neither_number_nor_chunk_nor_tile(device, antithetic, dtype):
-    """Chunks of other sizes are drawn by other tiles."""
+def test_sample_k_depends_on_neither_number_nor_chunk(device, antithetic, dtype):
     layout = segment_table(NUMELS)
     state = posterior(layout, 3)
     settings = options(layout, antithetic=antithetic, dtype=dtype, first_sample=1)
@@ -126,6 +128,19 @@ def test_sample_k_depends_on_neither_number_nor_chunk_nor_tile(device, antitheti
     for first, number in ((0, 1), (1, 2), (4, 5), (18, 1)):
         chunk = drawn(device, state, number, **settings | {"first_sample": 1 + first})
         assert torch.equal(chunk, whole[first : first + number])
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_every_configuration_gives_the_same_bits(device, antithetic, monkeypatch):
+    """Whatever a program holds in registers, reads again or makes at once."""
+    module = import_module("swag_kernels.triton.draw")
+    layout = segment_table(NUMELS)
+    state = posterior(layout, 10)
+    settings = options(layout, antithetic=antithetic, first_sample=1)
+    own = drawn(device, state, 3, **settings)
+    for held, elements in product(module.HELD_RANKS, (512, 1024)):
+        monkeypatch.setattr(module, "tile_of", lambda *_, held=held, elements=elements: {"HELD": held, "B_N": elements})
+        assert torch.equal(drawn(device, state, 3, **settings), own), (held, elements)
 
 
 @pytest.mark.parametrize("first", [0, 5])

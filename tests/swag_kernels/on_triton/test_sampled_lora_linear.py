@@ -36,17 +36,21 @@ def test_the_fused_kernel(device, dtype, sizes, tile):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_strided_samples(device, dtype):
-    """A and B as SampledWeights holds them, and one A for all samples."""
+def test_strided_samples(device, dtype, monkeypatch):
+    """By the op: A and B as SampledWeights holds them, and one A for all samples."""
+    served = []
+    original = module.fused
+    monkeypatch.setattr(module, "fused", lambda *given: (served.append(given), original(*given))[1])
     S, M, features, out, r = 3, 40, 64, 48, 16
     buffer = torch.randn(S, 4096).to(device, dtype)
     A = buffer[:, 1024 : 1024 + r * features].view(S, r, features)
     B = buffer[:, 2048 : 2048 + out * r].view(S, out, r)
     (x, weight, bias, *_), _, _ = tensors(device, (S, M, features, out, r), dtype)
     for A_ in (A, A[:1].expand(S, r, features)):
-        given = x, weight, bias, A_, B
-        exact, plain = exact_and_plain(*(t.cpu() for t in given))
-        assert_as_accurate_as_torch(sampled_lora_linear(*given, SCALING).cpu(), plain, exact)
+        for given in ((x, weight, bias, A_, B), (x, weight, None, A_, B)):
+            exact, plain = exact_and_plain(*(None if t is None else t.cpu() for t in given))
+            assert_as_accurate_as_torch(sampled_lora_linear(*given, SCALING).cpu(), plain, exact)
+    assert len(served) == 4 or device.type == "cuda"  # where it is used if it was timed as faster
 
 
 @pytest.mark.parametrize(
@@ -70,6 +74,14 @@ def test_addresses_that_are_no_multiple_of_16(device, dtype, monkeypatch):
         t = given[shifted]
         given[shifted] = torch.cat((t.flatten()[:1], t.flatten()))[1:].view(t.shape)
         assert_as_accurate_as_torch(sampled_lora_linear(*given, SCALING).cpu(), plain, exact)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_infinity_is_not_multiplied_by_the_padding_of_the_rank(device, dtype):
+    (x, weight, _, A, B), *_ = tensors(device, (1, 40, 64, 48, 17), dtype)
+    A[:, -1] = torch.inf
+    out = module.fused(x.abs(), weight, None, A, B.abs(), SCALING, module.TILES[0])
+    assert (out == torch.inf).all()
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
