@@ -1,8 +1,7 @@
 """Kernels for Bayesian averaging over LoRA weights.
 
-Four ops, each with the same name in every layer: :func:`collect_`, :func:`draw`, :func:`sampled_lora` (after a linear layer,
-:func:`sampled_lora_linear`) and
-:func:`bayes_average_`. :func:`info` prints what is available here.
+Four ops, each with the same name in every layer: :func:`collect_`, :func:`draw`, :func:`sampled_lora` (after a linear
+layer, :func:`sampled_lora_linear`) and :func:`bayes_average_`. :func:`info` prints what is available here.
 """
 
 from swag_kernels.average import AverageState

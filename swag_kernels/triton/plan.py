@@ -54,8 +54,7 @@ def plan(samples: int, rows: int, rank: int, dtype: torch.dtype, *tensors: Tenso
     b_columns = 64 if narrow else 128
     if few:
         b_features = 32 if dtype == torch.float32 else 64 if narrow else 4096 // b_rank
-        num_warps = 8 if narrow and b_rank > 16 else 4
-        return Plan(16, b_rank, b_features, b_columns, 1, CHUNKS, num_warps, aligned, known_rank)
+        return Plan(16, b_rank, b_features, b_columns, 1, CHUNKS, 4, aligned, known_rank)
     parts = CHUNKS if samples * -(-rows // 64) < SPREAD else 1
     return Plan(64, b_rank, 64, b_columns, 4, parts, 8 if b_rank > 16 else 4, aligned, known_rank)
 

@@ -333,5 +333,5 @@ def _outer(p: Plan, h: Tensor, x: Tensor, stride_x: int, scaling: float, g: Tens
         B_M=min(p.b_rows, OUTER_ROWS),
         B_R=p.b_rank,
         B_N=p.b_columns,
-        **options(p.num_warps, registers=255),
+        **options(8 if g.dtype == torch.float32 and p.b_rank > 32 else p.num_warps, registers=255),
     )
