@@ -49,7 +49,7 @@ def plan(samples: int, rows: int, rank: int, dtype: torch.dtype, *tensors: Tenso
         return None
     aligned = all(map(is_aligned, tensors))
     known_rank = rank if aligned and rank in KNOWN_RANKS else 0
-    b_rank = max(16, known_rank or (16 if aligned and rank <= 16 else MAX_RANK))
+    b_rank = max(16, 1 << (rank - 1).bit_length()) if aligned else MAX_RANK
     narrow = dtype == torch.float32 or b_rank > max(16, known_rank)
     b_columns = 64 if narrow else 128
     if few:

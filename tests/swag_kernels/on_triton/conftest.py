@@ -16,6 +16,16 @@ def device():
         yield torch.device("cuda" if ON_GPU else "cpu")
 
 
+@pytest.fixture(autouse=True)
+def poisoned():
+    """What torch.empty gives holds NaN, so that what a kernel leaves unwritten shows. On the CPU alone: there the mode asks
+    nothing else of torch."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(not ON_GPU)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
 def pytest_collection_modifyitems(items):
     """Marked ``gpu``: what the interpreter cannot show."""
     for item in items:
