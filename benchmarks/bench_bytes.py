@@ -1,4 +1,4 @@
-"""Bytes that each Triton kernel moves at the LoRA sizes, against the least possible: counted, so the same on every machine.
+"""Bytes that each Triton kernel moves at the LoRA sizes, against the least possible: the same on every machine.
 
 The count is a program of its own, because Triton has to be imported with TRITON_INTERPRET=1 in the environment.
 """
@@ -15,8 +15,8 @@ import pytest
 from rich.table import Table
 
 PROGRAM = Path(__file__).with_name("bytes_moved.py")
-NOTE = """least: every operand once. first: addresses that a launch loads for the first time, and those that it stores. again: what it
-loads of what it loaded or stored before, from the cache as far as that holds it. float16 stands for bfloat16."""
+NOTE = """least: every operand once. first: addresses that a launch loads for the first time, and those that it stores.
+again: what it moves beyond that, from the cache as far as that holds it. float16 stands for bfloat16."""
 
 
 def count() -> list[dict]:

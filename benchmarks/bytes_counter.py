@@ -1,7 +1,7 @@
 """Bytes that Triton kernels load and store, counted while they run in Triton's interpreter on CPU tensors.
 
-The interpreter comes with Triton's import if TRITON_INTERPRET=1 was set before. It takes every load and store of a kernel
-with the addresses of all elements, so nothing has to be known of the kernels.
+The interpreter comes with Triton's import if TRITON_INTERPRET=1 was set before. It takes every load and store of a
+kernel with the addresses of all elements, so nothing has to be known of the kernels.
 """
 
 from __future__ import annotations

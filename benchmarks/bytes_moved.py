@@ -1,10 +1,10 @@
-"""Bytes that each Triton kernel moves at the three LoRA sizes against the least possible: a program that prints JSON rows.
+"""Bytes that each Triton kernel moves at the three LoRA sizes, against the least possible: a program that prints JSON.
 
 Counted in Triton's interpreter, see :mod:`bytes_counter`, which is too slow for 41.9 M weights. But a kernel moves some
 bytes whatever its size, and as many again for each sample, for each block of the arena or tile of columns, and for each
-sample of each of those: the counts with one and two of each give the count with any number, see :func:`extended`. A test
-holds that against counts of the whole at sizes that the interpreter can do. Widths of layers and classes are the real ones.
-float16 stands for bfloat16, which the interpreter computes wrongly.
+sample of each of those: the counts with one and two of each give the count with any number, see :func:`extended`. A
+test holds that against counts of the whole at sizes that the interpreter can do. Widths of layers and numbers of classes
+are the real ones. float16 stands for bfloat16, which the interpreter computes wrongly.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Moves = dict[str, Moved]
 
 @dataclass(frozen=True)
 class Row:
-    """Bytes. ``kernel`` is an op's name where it has two kernels, the scratch between which has no part in ``least``."""
+    """Bytes. ``kernel`` is an op's name where it has two kernels; the scratch between those is not in ``least``."""
 
     size: str
     kernel: str
@@ -112,7 +112,7 @@ def count_average(samples: int, batch: int, classes: int, dtype: torch.dtype) ->
 
 
 def arena_rows(size: str, dtype: torch.dtype) -> Iterator[Row]:
-    """collect: parameter, mean and m2 in, mean, m2 and a deviation out. draw: mean, std and deviations in, samples out."""
+    """collect: parameter, mean and m2 in, mean, m2 and a deviation out. draw: mean, std, deviations in, samples out."""
     numels = [math.prod(shape) for shape in LORA_SIZES[size]]
     assert all(n % BLOCK == 0 for n in numels), "a block that is not full moves padding"
     weights = sum(numels)
@@ -128,7 +128,7 @@ def arena_rows(size: str, dtype: torch.dtype) -> Iterator[Row]:
 
 
 def layer_rows(size: str, dtype: torch.dtype) -> Iterator[Row]:
-    """sampled_lora: x, A, B and the base in, y out. sampled_lora_linear: the layer's weight in the base's place, once."""
+    """sampled_lora: x, A, B and base in, y out. sampled_lora_linear: the layer's weight in the base's place, once."""
     shapes = LORA_SIZES[size]
     modules = Counter((a[1], b[0], a[0]) for a, b in zip(shapes[::2], shapes[1::2], strict=True))
     decode = summed(

@@ -8,7 +8,9 @@ import torch
 import bytes_moved
 from bytes_counter import Moved, counting
 from bytes_moved import (
+    COLUMNS,
     RANK,
+    ROWS,
     SAMPLES,
     count_average,
     count_collect,
@@ -20,8 +22,8 @@ from bytes_moved import (
 from harness import LORA_SIZES
 
 FLOATS = [torch.float32, torch.float16]
-# All bytes, with what is read again, as a multiple of the least. Every tile of columns of an expand reads h: of each sample
-# four parts of r float32 beside the tile's 128 (r + 2) elements of B, base and y, or 64 of float32.
+# All bytes, with what is read again, as a multiple of the least. Every tile of columns of an expand reads h, four parts
+# of r float32, beside the tile's 128 (r + 2) elements of B, base and y, or 64 (r + 2) of float32.
 MOST = {"collect_kernel": 1.01, "draw_kernel": 1.03, "draw": 1.03}
 MOST |= {"shrink_kernel": 1.01, "expand_kernel": 1.06, "sampled_lora": 1.04}
 
@@ -53,8 +55,13 @@ def test_collect_and_draw(size, dtype):
 
 @pytest.mark.parametrize("size", LORA_SIZES)
 def test_layers(size):
+    """Each tile of a layer reads its rows of x, its columns of W, and A with the rank padded to a tile's least."""
     rows = check(bytes_moved.layer_rows(size, torch.float16))
     assert set(rows) == {"shrink_kernel", "expand_kernel", "sampled_lora", "sampled_lora_linear_kernel"}
+    shapes = LORA_SIZES[size]
+    tiles = sum(features * (b[0] // COLUMNS) for (_, features), b in zip(shapes[::2], shapes[1::2], strict=True))
+    written = sum(b[0] * (ROWS + b[1]) for b in shapes[1::2])  # y, and B read once
+    assert rows["sampled_lora_linear_kernel"].total == 2 * SAMPLES * (tiles * (ROWS + COLUMNS + 16) + written)
 
 
 def test_layers_of_float32():
