@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,8 @@ def count() -> list[dict]:
     return json.loads(result.stdout)
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="counts in Triton's interpreter: pip install triton")
 def bench_bytes(report, benchmark):
-    pytest.importorskip("triton", reason="the kernels are counted in Triton's interpreter: pip install triton")
     rows = benchmark.pedantic(count, rounds=1)
     table = Table(title="MB moved by each Triton kernel", title_justify="left", caption=NOTE, caption_justify="left")
     for name in ("size", "kernel or op", "case", "least", "first", "first / least", "again", "all / least"):

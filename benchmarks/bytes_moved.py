@@ -3,8 +3,8 @@
 Counted in Triton's interpreter, see :mod:`bytes_counter`, which is too slow for 41.9 M weights. But a kernel moves some
 bytes whatever its size, and as many again for each sample, for each block of the arena or tile of columns, and for each
 sample of each of those: the counts with one and two of each give the count with any number, see :func:`extended`. A
-test holds that against counts of the whole at sizes that the interpreter can do. Widths of layers and numbers of classes
-are the real ones. float16 stands for bfloat16, which the interpreter computes wrongly.
+test holds that against counts of the whole at sizes that the interpreter can do. Layers and logits have their real
+widths. float16 stands for bfloat16, which the interpreter computes wrongly.
 """
 
 from __future__ import annotations
