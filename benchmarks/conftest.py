@@ -1,11 +1,11 @@
 import pytest
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 import harness
 
 _rows = pytest.StashKey[list[harness.Row]]()
-_notes = pytest.StashKey[list[str]]()
+_notes = pytest.StashKey[list[RenderableType]]()
 
 
 def pytest_configure(config):
@@ -15,9 +15,10 @@ def pytest_configure(config):
 
 @pytest.fixture
 def report(request, benchmark):
-    """``report(rows)`` adds rows to the table of this run, and to pytest-benchmark's record of this benchmark."""
+    """``report(rows)`` adds rows to the table of this run, and to pytest-benchmark's record of this benchmark; a note, a
+    line or a table of its own, comes below."""
 
-    def add(rows: list[harness.Row], note: str | None = None) -> None:
+    def add(rows: list[harness.Row], note: RenderableType | None = None) -> None:
         request.config.stash[_rows].extend(rows)
         if note:
             request.config.stash[_notes].append(note)
@@ -28,9 +29,18 @@ def report(request, benchmark):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    rows = config.stash[_rows]
-    if not rows:
+    rows, notes = config.stash[_rows], config.stash[_notes]
+    if not rows and not notes:
         return
+    console = Console(width=170, file=terminalreporter._tw._file)
+    if rows:
+        console.print(_ratios(rows))
+    for note in notes:
+        console.print(note)
+    console.print(harness.machine())
+
+
+def _ratios(rows):
     table = Table(
         title="ratios: median (20 % – 80 %) of one alternating run; seconds are medians", title_justify="left"
     )
@@ -45,11 +55,7 @@ def pytest_terminal_summary(terminalreporter, config):
             f"{row.ratio:.2f} ({row.low:.2f} – {row.high:.2f})",
             row.verdict,
         )
-    console = Console(width=170, file=terminalreporter._tw._file)
-    console.print(table)
-    for note in config.stash[_notes]:
-        console.print(note)
-    console.print(harness.machine())
+    return table
 
 
 def _quantity(value: float, unit: str) -> str:

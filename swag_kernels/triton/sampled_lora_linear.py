@@ -25,7 +25,7 @@ LEAST_ROWS = 32  # of a sample: rows of a tile have one A
 TILES = ((64, 128), (128, 128))  # rows and columns of y
 WIDE_TILES = ((64, 128), (128, 256))  # where accumulators are not held by the threads that load
 STEP = 64  # of the long axis
-BAND = 8  # rows of tiles that run together, so that they share what they read of W
+BAND = 8  # tiles of rows, of whatever samples, that run together and share what they read of W
 MOST_TIMED = 16384  # rows of all samples
 MARGIN = 0.97  # of the time of the two steps that the fused kernel may take at most
 
@@ -38,6 +38,7 @@ def sampled_lora_linear_kernel(
     p_a,
     p_b,
     p_y,
+    samples: tl.int32,
     rows: tl.int32,
     features: tl.int32,
     out: tl.int32,
@@ -119,13 +120,14 @@ def fused(
     y = torch.empty(samples, rows, out, dtype=x.dtype, device=x.device)
     b_rows, b_columns = tile
     with on_device_of(x):
-        sampled_lora_linear_kernel[triton.cdiv(rows, b_rows) * triton.cdiv(out, b_columns), samples](
+        sampled_lora_linear_kernel[samples * triton.cdiv(rows, b_rows) * triton.cdiv(out, b_columns),](
             x,
             weight,
             weight if bias is None else bias,
             A,
             B,
             y,
+            samples,
             rows,
             features,
             out,

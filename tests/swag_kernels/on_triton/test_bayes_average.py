@@ -1,3 +1,5 @@
+from importlib import import_module
+
 import pytest
 import torch
 from tolerance import assert_as_accurate_as_torch
@@ -36,6 +38,14 @@ def check(device, logits, chunks=None, antithetic=False):
 def test_matches_the_reference(device, sizes, antithetic):
     logits = 3 * torch.randn(sizes)
     check(device, torch.cat((logits, 0.5 * logits)) if antithetic else logits, None, antithetic)
+
+
+def test_more_classes_than_the_scans_of_a_row_take(device, monkeypatch):
+    """Then each takes more of them."""
+    module = import_module("swag_kernels.triton.bayes_average")
+    monkeypatch.setattr(module, "PART", 1024)
+    monkeypatch.setattr(module, "PARTS", 2)
+    check(device, 3 * torch.randn(3, 2, 5000))
 
 
 @pytest.mark.parametrize("antithetic", [False, True])
