@@ -55,15 +55,15 @@ def sampled_lora_linear_kernel(
     B_R: tl.constexpr,
 ):
     """One tile of one sample's y. The long axis has a multiple of B_K elements, and y a multiple of 8 columns."""
-    i_sample = tl.program_id(1).to(tl.int64)
-    features, out = (
-        features // B_K * B_K,
-        out // 8 * 8,
-    )  # the same numbers, which the compiler then knows to be multiples
+    # The same numbers, of which the compiler then knows that they are multiples.
+    features, out = features // B_K * B_K, out // 8 * 8
+    each = tl.cdiv(rows, B_M)
     width = BAND * tl.cdiv(out, B_N)
     i_band, within = tl.program_id(0) // width, tl.program_id(0) % width
-    height = tl.minimum(tl.cdiv(rows, B_M) - i_band * BAND, BAND)
-    o_m = (i_band * BAND + within % height) * B_M + tl.arange(0, B_M)
+    height = tl.minimum(samples * each - i_band * BAND, BAND)
+    i_tile = i_band * BAND + within % height
+    i_sample = (i_tile // each).to(tl.int64)
+    o_m = (i_tile % each) * B_M + tl.arange(0, B_M)
     o_n = (within // height) * B_N + tl.arange(0, B_N)
     o_r, o_k = tl.arange(0, B_R), tl.arange(0, B_K)
 
