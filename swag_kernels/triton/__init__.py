@@ -15,7 +15,8 @@ try:
     from swag_kernels.triton.bayes_average import bayes_average_
     from swag_kernels.triton.collect import collect_, recollect
     from swag_kernels.triton.draw import draw
-    from swag_kernels.triton.sampled_lora import sampled_lora, sampled_lora_, sampled_lora_backward
+    from swag_kernels.triton.sampled_lora import sampled_lora, sampled_lora_
+    from swag_kernels.triton.sampled_lora_backward import sampled_lora_backward
     from swag_kernels.triton.sampled_lora_linear import sampled_lora_linear
 except ImportError as error:
     _reason = f"Triton could not be imported ({error}); install it with 'pip install triton'"

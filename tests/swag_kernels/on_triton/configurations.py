@@ -16,9 +16,9 @@ from triton.runtime.jit import JITFunction
 from swag_kernels import segment_table
 
 # By name, because the package's attributes of the same names are the ops.
-bayes_average, collect, draw, sampled_lora, sampled_lora_linear = (
+bayes_average, collect, draw, sampled_lora, sampled_lora_backward, sampled_lora_linear = (
     import_module(f"swag_kernels.triton.{name}")
-    for name in ("bayes_average", "collect", "draw", "sampled_lora", "sampled_lora_linear")
+    for name in ("bayes_average", "collect", "draw", "sampled_lora", "sampled_lora_backward", "sampled_lora_linear")
 )
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -130,7 +130,7 @@ def lora_calls() -> None:
             B, base = torch.empty(samples, out, rank, dtype=dtype), torch.empty(samples, rows, out, dtype=base_dtype)
             sampled_lora.sampled_lora_(x, A, B, 1.0, base)
             if base_dtype == dtype:
-                sampled_lora.sampled_lora_backward(base, x, A, B, 1.0)
+                sampled_lora_backward.sampled_lora_backward(base, x, A, B, 1.0)
 
 
 def linear_calls(tiles: tuple[tuple[int, int], ...]) -> None:
