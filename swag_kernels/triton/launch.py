@@ -27,8 +27,15 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def options(num_warps: int, *, exact: bool = False, registers: int | None = None, amd: bool = ON_AMD) -> dict[str, Any]:
+def options(
+    num_warps: int, *, exact: bool = False, registers: int | None = None, stages: int | None = None
+) -> dict[str, Any]:
     """``exact`` keeps products and sums as they are written. ``registers`` is the most that a thread may have: unless told,
-    NVIDIA's assembler takes fewer than there are, and puts the rest of the values into memory."""
-    limit = {} if amd or registers is None else {"maxnreg": registers}
-    return {"num_warps": num_warps, "enable_fp_fusion": not exact, **limit}
+    NVIDIA's assembler takes fewer than there are, and puts the rest of the values into memory. ``stages`` of a loop's loads
+    are in flight; AMD's shared memory holds two."""
+    chosen: dict[str, Any] = {"num_warps": num_warps, "enable_fp_fusion": not exact}
+    if registers is not None and not ON_AMD:
+        chosen["maxnreg"] = registers
+    if stages is not None:
+        chosen["num_stages"] = min(stages, 2) if ON_AMD else stages
+    return chosen

@@ -142,8 +142,7 @@ def fused(
             B_N=b_columns,
             B_K=STEP,
             B_R=max(16, triton.next_power_of_2(rank)),
-            num_stages=2 if ON_AMD else 3,
-            **options(8 if b_rows == 128 else 4, registers=255),
+            **options(8 if b_rows == 128 else 4, registers=255, stages=3),
         )
     return y
 

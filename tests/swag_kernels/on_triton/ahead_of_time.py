@@ -15,6 +15,8 @@ from configurations import Configuration, configurations
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from swag_kernels.triton import launch
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -29,9 +31,8 @@ def report(one: Configuration, target: GPUTarget) -> dict[str, Any]:
     names = one.kernel.arg_names
     signature = {name: "constexpr" if name in constants else dict(one.types)[name] for name in names}
     source = ASTSource(one.kernel, signature, {(names.index(name),): value for name, value in constants.items()})
-    options = {name: value for name, value in one.options if not (amd and name == "maxnreg")}
     with redirect_stdout(io.StringIO()) as log:
-        compiled = triton.compile(source, target=target, options=options)
+        compiled = triton.compile(source, target=target, options=dict(one.options))
     found = report_amd(compiled.asm["amdgcn"]) if amd else report_nvidia(compiled.asm["ptx"], log.getvalue())
     kernel = one.kernel.__name__.removesuffix("_kernel")
     types = {name.removeprefix("p_"): kind.removeprefix("*") for name, kind in one.types}
@@ -63,6 +64,7 @@ def report_amd(text: str) -> dict[str, Any]:
 if __name__ == "__main__":
     triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
     name, share, shares = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    launch.ON_AMD = TARGETS[name].backend == "hip"
     for number, one in enumerate(configurations(wide=name in ("sm_90", "sm_100"))):
         if number % shares == share:
             print(json.dumps(report(one, TARGETS[name])), flush=True)

@@ -25,8 +25,8 @@ def test_every_configuration(target, share, tmp_path):
         assert report["registers"] <= REGISTERS.get(target, 255), report
         assert report["shared"] <= SHARED[target], report
         if report["kernel"] in ("shrink", "expand", "outer", "sampled_lora_linear"):
-            narrow = report["types"].get("x", report["types"].get("b")) != "fp32"
-            assert report["on_tensor_cores"] == narrow, report
+            wide = report["types"].get("x", report["types"].get("b")) == "fp32"
+            assert report["on_tensor_cores"] or wide, report
         if target != "gfx942":
             check_widths(report)
 
@@ -61,8 +61,8 @@ def check_widths(report):
         assert set(stores) == {"16"}, report
         if constants["RANK"] or constants["TRANSPOSED"]:
             assert set(loads) <= {"8", "16"}, report
-    elif report["kernel"] == "sampled_lora_linear":  # a thread has 4 elements of A's tile
-        assert set(stores) == {"16"} and set(copies) <= {"8", "16"} and copies["16"] >= 30, report
+    elif report["kernel"] == "sampled_lora_linear":  # a thread has 4 or 8 elements of A's tile
+        assert set(stores) == {"16"} and set(copies) <= {"8", "16"} and copies["16"] >= 24, report
     elif constants["RANK"] or not constants["TRANSPOSED"]:
         if report["kernel"] == "shrink":
             assert set(copies) == {"16"}, report
