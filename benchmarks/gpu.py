@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -81,12 +82,11 @@ def draw_rows(device: torch.device, size: str = LARGE) -> Iterator[Row]:
     number = arena_size(layout)
     mean, std = torch.randn(number, device=device), torch.rand(number, device=device)
     deviations = torch.randn(RANK, number, device=device)
-    settings = {"seed": 1, "diag_scale": 0.7, "low_rank_scale": 0.1, "antithetic": False, "layout": layout}
-    settings["dtype"] = torch.bfloat16
+    settings = {"seed": 1, "diag_scale": 0.7, "low_rank_scale": 0.1, "layout": layout, "dtype": torch.bfloat16}
 
-    def ours(rank: int = RANK, samples: int = SAMPLES) -> Tensor:
+    def ours(rank: int = RANK, samples: int = SAMPLES, first: int = 0, antithetic: bool = False) -> Tensor:
         columns = deviations[:rank] if rank else None
-        return draw(mean, std, columns, samples, first_sample=0, **settings)
+        return draw(mean, std, columns, samples, first_sample=first, antithetic=antithetic, **settings)
 
     def theirs() -> Tensor:
         """One sample, which reads the whole state."""
@@ -94,20 +94,24 @@ def draw_rows(device: torch.device, size: str = LARGE) -> Iterator[Row]:
         sample = torch.addcmul(mean, std, torch.randn_like(mean), value=0.7)
         return sample.addmv_(deviations.T, z, alpha=0.1).bfloat16()
 
-    torch.testing.assert_close(ours(samples=2)[1:], draw(mean, std, deviations, 1, first_sample=1, **settings))
+    torch.testing.assert_close(ours(samples=2)[1:], ours(samples=1, first=1))
     spread = (ours(samples=2)[0].float() - theirs().float()).std() / ours(samples=1).float().std()
     assert 0.3 < spread < 3, f"samples of another Gaussian: {spread}"
-    least = "state once and samples at the speed of a copy"
-    functions = {
-        "draw": ours,
-        "torch, a sample": theirs,
-        least: copy_of(number * (2 + RANK + SAMPLES // 2), device),
-        "its normals alone (R=0)": lambda: ours(rank=0),
-    }
-    seconds = alternate(functions, device, rounds=7)
-    seconds["torch, for each sample"] = [SAMPLES * s for s in seconds.pop("torch, a sample")]
-    targets = {least: 0.8, "torch, for each sample": 10.0}
-    yield from compare(f"draw bfloat16, {size}, R={RANK}, S={SAMPLES}", seconds, "draw", targets)
+    for antithetic in (False, True):
+        draws = SAMPLES // 2 if antithetic else SAMPLES
+        copied, normals = "state once and samples at the speed of a copy", "as many normals by torch.randn"
+        functions = {
+            "draw": partial(ours, antithetic=antithetic),
+            "torch, a sample": theirs,
+            copied: copy_of(number * (2 + RANK + SAMPLES // 2), device),
+            normals: partial(torch.randn, draws, number, device=device, dtype=torch.bfloat16),
+            "its own normals (R=0)": partial(ours, rank=0, antithetic=antithetic),
+        }
+        seconds = alternate(functions, device, rounds=7)
+        seconds["torch, for each sample"] = [SAMPLES * s for s in seconds.pop("torch, a sample")]
+        roofline = max(copied, normals, key=lambda name: statistics.median(seconds[name]))
+        case = f"draw bfloat16, {size}, R={RANK}, S={SAMPLES}, {'antithetic' if antithetic else 'iid'}"
+        yield from compare(case, seconds, "draw", {roofline: 0.8, "torch, for each sample": 10.0})
 
 
 def lora_rows(device: torch.device) -> Iterator[Row]:

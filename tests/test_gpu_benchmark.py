@@ -82,7 +82,7 @@ def test_rows_of_the_ops(monkeypatch):
     with torch.no_grad():
         for rows, number in (
             (gpu.collect_rows(CPU, "tiny"), 5),
-            (gpu.draw_rows(CPU, "tiny"), 3),
+            (gpu.draw_rows(CPU, "tiny"), 8),
             (gpu.extra_rows(CPU, samples=2, rows=40, width=64), 15),
             (gpu.average_rows(CPU, batch=2, classes=50), 4),
             ([gpu.lora_row(CPU, "decode", 2, 3, 32, 48, 4)], 1),

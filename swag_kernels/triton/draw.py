@@ -61,11 +61,12 @@ def draw_kernel(
     stride: tl.int32,
     diag_scale: tl.float32,
     HELD: tl.constexpr,
+    GROUP: tl.constexpr,
     B_N: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """All samples of B_N elements of one tensor; HELD of its deviations stay in registers, later ones are read for every
-    draw. A draw is a sample, or with two signs a pair."""
+    """All samples of B_N elements of one tensor, GROUP quads of which a thread makes next to each other; HELD of its
+    deviations stay in registers, later ones are read for every draw. A draw is a sample, or with two signs a pair."""
     size = size // BLOCK * BLOCK
     o_begin = tl.program_id(0).to(tl.int64) * B_N
     p_block = p_blocks + (o_begin // BLOCK) * 4
@@ -82,12 +83,16 @@ def draw_kernel(
     for r in tl.static_range(HELD):
         p_column = tl.multiple_of(p_deviations + tl.cast(r, tl.int64) * size + o_begin, 16)
         columns = columns + (tl.load(p_column + o_n, mask=tl.zeros_like(o_n) + r < rank, other=0.0),)
-    quads = quad + tl.arange(0, B_N // 4).to(tl.uint32)
+    quads = quad + GROUP * tl.arange(0, B_N // 4 // GROUP).to(tl.uint32)
     zero = tl.zeros_like(quads)
 
     for i_draw in tl.range(0, draws):
         word = zero + (first + i_draw).to(tl.uint32)
         n0, n1, n2, n3 = normals(quads, word, zero + tensor, zero + _EPS, seed_low, seed_high)
+        if GROUP == 2:  # in the thread that stores them at once, so that none waits for another
+            n4, n5, n6, n7 = normals(quads + 1, word, zero + tensor, zero + _EPS, seed_low, seed_high)
+            n0, n1 = tl.interleave(n0, n4), tl.interleave(n1, n5)
+            n2, n3 = tl.interleave(n2, n6), tl.interleave(n3, n7)
         eps = tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))  # [B_N]
         delta = eps * std
         p_row = p_z + i_draw * stride
@@ -167,10 +172,11 @@ def draw(
 
 
 def tile_of(rank: int, itemsize: int) -> dict[str, int]:
-    """Deviations that a program holds in registers, and its elements: such that a thread stores 16 bytes at once, but for
-    narrow types with more deviations than a thread can hold for so many elements."""
+    """Deviations that a program holds in registers, quads of a thread, and elements: such that a thread stores 16 bytes at
+    once, but for narrow types with more deviations than a thread can hold for so many elements."""
     held = next((held for held in HELD_RANKS if held >= rank), HELD_RANKS[-1])
-    return {"HELD": held, "B_N": 128 * (16 // itemsize if held <= 20 else 4)}
+    each = 16 // itemsize if held <= 20 else 4
+    return {"HELD": held, "GROUP": each // 4, "B_N": 128 * each}
 
 
 def _aligned(arena: Tensor) -> Tensor:

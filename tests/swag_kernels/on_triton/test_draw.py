@@ -138,9 +138,10 @@ def test_every_configuration_gives_the_same_bits(device, antithetic, monkeypatch
     state = posterior(layout, 10)
     settings = options(layout, antithetic=antithetic, first_sample=1)
     own = drawn(device, state, 3, **settings)
-    for held, elements in product(module.HELD_RANKS, (512, 1024)):
-        monkeypatch.setattr(module, "tile_of", lambda *_, held=held, elements=elements: {"HELD": held, "B_N": elements})
-        assert torch.equal(drawn(device, state, 3, **settings), own), (held, elements)
+    for held, (group, elements) in product(module.HELD_RANKS, ((1, 512), (1, 1024), (2, 1024))):
+        tile = {"HELD": held, "GROUP": group, "B_N": elements}
+        monkeypatch.setattr(module, "tile_of", lambda *_, tile=tile: tile)
+        assert torch.equal(drawn(device, state, 3, **settings), own), tile
 
 
 @pytest.mark.parametrize("first", [0, 5])
