@@ -86,7 +86,8 @@ def sampled_lora_linear_kernel(
     m_n = o_n < out
     p_b += i_sample * stride_b + o_n[None, :] * rank + o_r[:, None]
     b = tl.load(p_b, mask=(o_r < rank)[:, None] & m_n[None, :], other=0.0)  # [B_R, B_N]
-    h = tl.where((o_r < rank)[None, :], h * scaling, 0.0)
+    b = (b.to(tl.float32) * scaling).to(b.dtype)  # not h, which float16 may be only just wide enough for
+    h = tl.where((o_r < rank)[None, :], h, 0.0)
     y = tl.dot(h.to(b.dtype), b, y)
     if HAS_BIAS:
         y += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]

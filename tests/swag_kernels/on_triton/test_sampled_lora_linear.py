@@ -84,6 +84,15 @@ def test_infinity_is_not_multiplied_by_the_padding_of_the_rank(device, dtype):
     assert (out == torch.inf).all()
 
 
+def test_what_float16_holds_before_the_scaling_is_not_lost_by_it(device):
+    (x, weight, _, A, B), *_ = tensors(device, (1, 40, 64, 48, 8), torch.float16)
+    A, B = 700 * x.new_ones(A.shape), B / 1e3
+    exact, plain = exact_and_plain(x.cpu(), weight.cpu(), None, A.cpu(), 60 * B.cpu())
+    out = module.fused(x, weight, None, A, B, 60 * SCALING, module.TILES[0])
+    assert exact.isfinite().all() and out.isfinite().all()
+    assert (out.cpu() - exact).abs().max() <= 4 * (plain - exact).abs().max()
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_non_finite_values_stay_in_their_row(device, dtype):
     given, *_ = tensors(device, (2, 40, 64, 48, 8), dtype)
