@@ -89,16 +89,10 @@ def collect_calls() -> None:
     numels = [1500, 40]
     layout = segment_table(numels)
     count = torch.zeros((), dtype=torch.int64)
-    for dtypes, aligned, rank in product(((d, d) for d in DTYPES), (True, False), (0, 3)):
-        collect_call(numels, dtypes, aligned, rank, layout, count)
-    for dtypes, aligned, rank in product([(torch.float32, torch.bfloat16)], (True, False), (0, 3)):
-        collect_call(numels, dtypes, aligned, rank, layout, count)
-
-
-def collect_call(numels, dtypes, aligned, rank, layout, count) -> None:
-    params = [shifted((n,), dtype, aligned) for n, dtype in zip(numels, dtypes, strict=True)]
-    deviations = torch.empty(rank, 3072) if rank else None
-    collect.collect_(params, torch.empty(3072), torch.empty(3072), deviations, count, layout)
+    for dtypes, aligned, rank in product((*((d, d) for d in DTYPES), HALVES), (True, False), (0, 3)):
+        params = [shifted((n,), dtype, aligned) for n, dtype in zip(numels, dtypes, strict=True)]
+        deviations = torch.empty(rank, 3072) if rank else None
+        collect.collect_(params, torch.empty(3072), torch.empty(3072), deviations, count, layout)
 
 
 def draw_calls() -> None:
