@@ -36,7 +36,7 @@ from swag_kernels import (
     sampled_lora_linear,
     segment_table,
 )
-from swag_kernels.triton.sampled_lora_linear import fused, tiles, two_steps
+from swag_kernels.triton.sampled_lora_linear import fused, tiles
 
 RESULTS = Path(__file__).parent / "results"
 LARGE = "Llama-3-8B r=16 all-linear"
@@ -157,7 +157,7 @@ def extra_rows(device: torch.device, samples: int = 8, rows: int = 1024, width: 
         x, A, B, _ = lora_inputs(device, samples, rows, width, out, rank)
         given = x, torch.randn(out, width, device=device).to(DTYPE) / width**0.5, None, A, B, 0.5
         ways = {"sampled_lora_linear": lambda given=given: sampled_lora_linear(*given)}
-        ways["layer, then sampled_lora"] = lambda given=given: two_steps(*given)
+        ways["layer, then sampled_lora"] = lambda given=given: layer_and_sampled_lora(*given)
         for tile in tiles(device):
             ways[f"fused, {tile[0]} × {tile[1]}"] = lambda given=given, tile=tile: fused(*given, tile)
         exact = reference.sampled_lora_linear(*(t.float() if isinstance(t, Tensor) else t for t in given))
@@ -169,6 +169,10 @@ def extra_rows(device: torch.device, samples: int = 8, rows: int = 1024, width: 
         ways["base layer alone"] = lambda given=given: linear(*given[:2])
         case = f"sampled_lora_linear, prefill {width}→{out} S={samples} M={rows} r={rank}"
         yield from compare(case, alternate(ways, device), "sampled_lora_linear", {"base layer alone": target})
+
+
+def layer_and_sampled_lora(x: Tensor, weight: Tensor, bias: None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    return sampled_lora(x, A, B, scaling, linear(x, weight, bias))
 
 
 def layer_and_products(x: Tensor, weight: Tensor, bias: None, A: Tensor, B: Tensor, scaling: float) -> Tensor:

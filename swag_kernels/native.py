@@ -11,7 +11,6 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from swag_kernels.rows import rows_and_stride
 
@@ -180,14 +179,6 @@ def sampled_lora_(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Tensor)
         _sampled_lora(x, A, B, scaling, base, base)
     else:
         base.copy_(sampled_lora(x, A, B, scaling, base))
-
-
-def sampled_lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    base = linear(x, weight, bias)
-    if len(base) != len(A):
-        return sampled_lora(x, A, B, scaling, base)
-    sampled_lora_(x, A, B, scaling, base)
-    return base
 
 
 def sampled_lora_backward(

@@ -330,8 +330,16 @@ def _sampled_lora_inplace_impl(x: Tensor, A: Tensor, B: Tensor, scaling: float, 
 def _sampled_lora_linear_impl(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
 ) -> Tensor:
-    dtype = _check_linear(x, weight, bias, A, B)
-    return select(x.device, dtype).sampled_lora_linear(x, weight, bias, A, B, scaling)
+    kernels = select(x.device, _check_linear(x, weight, bias, A, B))
+    fused = getattr(kernels, "sampled_lora_linear", None)
+    y = None if fused is None else fused(x, weight, bias, A, B, scaling)
+    if y is not None:
+        return y
+    base = linear(x, weight, bias)
+    if len(base) != len(A):
+        return kernels.sampled_lora(x, A, B, scaling, base)
+    kernels.sampled_lora_(x, A, B, scaling, base)
+    return base
 
 
 def _sampled_lora_backward_impl(

@@ -1,5 +1,5 @@
-"""Which kernels a low-rank update takes, and in what tiles: by shape and dtype alone, so that the same call gives the same
-bits on every device and in every process."""
+"""Which kernels a low-rank update takes, and in what tiles: by shape, dtype and alignment alone, so that the same call takes
+the same ones in every process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ CHUNKS = 4  # of the long axis, each summed on its own
 CHUNK_STEP = 256  # of which a chunk is a multiple
 SPREAD = 256  # programs below which every chunk gets one of its own
 
-
 RULE = (
     f"kernels up to rank {MAX_RANK}, matrix products beyond and for more than 16 rows of float32; after a linear layer, one "
     "kernel for both where the first call of its size times that as faster"
@@ -24,8 +23,8 @@ RULE = (
 @dataclass(frozen=True)
 class Plan:
     """Tile of rows, ranks, long-axis elements and columns of the result, of which a program of expand makes ``tiles``;
-    ``parts`` programs of shrink share the long axis. ``aligned``: 16 bytes can be
-    loaded at once; ``known_rank``: the rank where it is a constant of the kernels, else 0."""
+    ``parts`` programs of shrink share the long axis. ``aligned``: 16 bytes can be loaded at once; ``known_rank``: the rank
+    where it is a constant of the kernels, else 0."""
 
     b_rows: int
     b_rank: int

@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 from swag_kernels.rows import rows_and_stride
 from swag_kernels.triton.launch import ON_AMD, kernel, on_device_of, options
 from swag_kernels.triton.plan import is_aligned
-from swag_kernels.triton.sampled_lora import sampled_lora, sampled_lora_
+from swag_kernels.triton.sampled_lora import sampled_lora_
 
 MAX_RANK = 32  # beyond, the product with A takes too much of each tile
 LEAST_ROWS = 32  # of a sample: rows of a tile have one A
@@ -96,21 +96,16 @@ def sampled_lora_linear_kernel(
     tl.store(p_y, y.to(p_y.dtype.element_ty), mask=(o_m < rows)[:, None] & m_n[None, :])
 
 
-def sampled_lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+def sampled_lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+) -> Tensor | None:
+    """None where the layer and then `sampled_lora` are the way."""
     if not _fits(x, weight, bias, A, B):
-        return two_steps(x, weight, bias, A, B, scaling)
+        return None
     out, features = weight.shape
     rows = min(1 << (x.shape[1] - 1).bit_length(), 1024)  # of the class
     tile = fastest(x.device, x.dtype, len(A), rows, out, features, A.shape[1], bias is not None)
-    return two_steps(x, weight, bias, A, B, scaling) if tile is None else fused(x, weight, bias, A, B, scaling, tile)
-
-
-def two_steps(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    base = linear(x, weight, bias)
-    if len(base) != len(A):
-        return sampled_lora(x, A, B, scaling, base)
-    sampled_lora_(x, A, B, scaling, base)
-    return base
+    return None if tile is None else fused(x, weight, bias, A, B, scaling, tile)
 
 
 def fused(
@@ -192,12 +187,15 @@ def _timed(
     shapes = (samples, rows, features), (out, features), (samples, rank, features), (samples, out, rank), (out,)
     own = torch.Generator(device)  # timing must not move anybody's random numbers
     x, weight, A, B, b = (torch.randn(shape, generator=own, device=device, dtype=dtype) for shape in shapes)
-    given = x, weight, b if bias else None, A, B, 1.0
+    b = b if bias else None
     events: dict[Any, list[Any]] = {tile: [] for tile in (None, *tiles(device))}
     for turn, tile in product(range(8), events):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        two_steps(*given) if tile is None else fused(*given, tile)
+        if tile is None:
+            sampled_lora_(x, A, B, 1.0, linear(x, weight, b))
+        else:
+            fused(x, weight, b, A, B, 1.0, tile)
         end.record()
         if turn > 2:
             events[tile].append((start, end))
