@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness import alternate, compare, copy_bandwidth, limit
+from harness import alternate, assert_as_accurate, compare, copy_bandwidth, limit
 from swag_kernels import AverageState, bayes_average_
 
 STACKED = "stack → softmax → mean, entropies"
@@ -45,8 +45,7 @@ def bench_bayes_average(dtype, samples, batch, classes, report, benchmark):
     exact = plain_average(rows.double().softmax(-1))
     plain = plain_average(rows.softmax(-1, dtype=torch.float32))
     for out, theirs, truth in zip(averaged(rows), plain, exact, strict=True):
-        error, allowed = (out - truth).abs().max(), (theirs - truth).abs().max()
-        assert error <= 2 * allowed + 2.0**-24 * truth.abs().max(), f"off by {error:.3g}, torch by {allowed:.3g}"
+        assert_as_accurate(out, theirs, truth, "bayes_average_")
     del rows, exact, plain
 
     functions = {"bayes_average_": ours, STACKED: stacked, GIVEN: given}

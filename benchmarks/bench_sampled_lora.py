@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from harness import Row, alternate, compare, copy_bandwidth, limit, matmul_rate
+from harness import Row, alternate, assert_as_accurate, compare, copy_bandwidth, limit, matmul_rate
 from swag_kernels import sampled_lora
 from swag_kernels.reference import sampled_lora as exact_lora
 
@@ -31,14 +31,7 @@ def rows_of(dtype: torch.dtype, features: int, samples: int, rows: int, rank: in
         return torch.baddbmm(base, torch.bmm(x, A.mT), B.mT, alpha=SCALING, out=base)
 
     exact = exact_lora(x.double(), A.double(), B.double(), SCALING, base.double())
-    theirs = baseline(base.clone()).double()
-    error, allowed = (
-        (sampled_lora(x, A, B, SCALING, base.clone()).double() - exact).abs().max(),
-        (theirs - exact).abs().max(),
-    )
-    assert error <= 2 * allowed + torch.finfo(dtype).eps / 2 * exact.abs().max(), (
-        f"off by {error:.3g}, torch by {allowed:.3g}"
-    )
+    assert_as_accurate(sampled_lora(x, A, B, SCALING, base.clone()), baseline(base.clone()), exact, "sampled_lora")
 
     start = time.perf_counter()
     baseline()

@@ -24,7 +24,7 @@ from bench_bayes_average import plain_average
 from bench_collect import ForeachSwag
 from gpu_model import LEAST_MEMORY, model_rows
 from gpu_timing import alternate, copy_bandwidth, copy_of, host_seconds, machine, matmul_rate
-from harness import LORA_SIZES, Row, compare
+from harness import LORA_SIZES, Row, assert_as_accurate, compare
 from swag_kernels import (
     AverageState,
     arena_size,
@@ -142,8 +142,7 @@ def lora_row(device: torch.device, kind: str, samples: int, rows: int, features:
         return y.baddbmm_(torch.bmm(x, A.mT), B.mT, alpha=0.5)
 
     exact = torch.baddbmm(base.float(), torch.bmm(x.float(), A.float().mT), B.float().mT, alpha=0.5)
-    error, allowed = ((f(base.clone()) - exact).abs().max() for f in (lambda y: sampled_lora(x, A, B, 0.5, y), theirs))
-    assert error <= 2 * allowed + 2.0**-8 * exact.abs().max(), f"off by {error}, torch by {allowed}"
+    assert_as_accurate(sampled_lora(x, A, B, 0.5, base.clone()), theirs(base.clone()), exact, "sampled_lora")
     y, z = base.clone(), base.clone()
     functions = {"sampled_lora": lambda: sampled_lora(x, A, B, 0.5, y), "bmm + in-place baddbmm": lambda: theirs(z)}
     case = f"sampled_lora {kind} {features}→{out} S={samples} M={rows} r={rank}"
@@ -163,8 +162,7 @@ def extra_rows(device: torch.device, samples: int = 8, rows: int = 1024, width: 
         exact = reference.sampled_lora_linear(*(t.float() if isinstance(t, Tensor) else t for t in given))
         plain = layer_and_products(*given)
         for way, function in ways.items():
-            error, allowed = ((y - exact).abs().max() for y in (function(), plain))
-            assert error <= 2 * allowed + 2.0**-8 * exact.abs().max(), f"{way}: off by {error}, torch by {allowed}"
+            assert_as_accurate(function(), plain, exact, way)
         ways["layer, then bmm + in-place baddbmm"] = lambda given=given: layer_and_products(*given)
         ways["base layer alone"] = lambda given=given: linear(*given[:2])
         case = f"sampled_lora_linear, prefill {width}→{out} S={samples} M={rows} r={rank}"

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 from transformers.utils import logging
 
 from gpu_timing import alternate, copy_bandwidth, wall
-from harness import Row, compare, limit
+from harness import Row, assert_as_accurate, compare, limit
 from swag_lora import Predictor, SampledModel, SwagPosterior
 from swag_lora.loop import Loop
 
@@ -212,10 +212,3 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     finally:
         for p, dtype in zip(model.parameters(), dtypes, strict=True):
             p.data = p.data.to(dtype)
-
-
-def assert_as_accurate(ours: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
-    """max|ours − exact| ≤ 2·max|plain − exact| + half a unit in the last place of max|exact|, as in the tests."""
-    error, allowed = ((out.float() - exact).abs().max().item() for out in (ours, plain))
-    bound = 2 * allowed + torch.finfo(ours.dtype).eps / 2 * exact.abs().max().item()
-    assert error <= bound, f"{what}: off by {error:.3g}, the plain model by {allowed:.3g}"

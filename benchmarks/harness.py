@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 LORA_SIZES: dict[str, list[tuple[int, ...]]] = {
@@ -55,6 +56,13 @@ class Row:
         if self.target is None:
             return ""
         return f"≥ {self.target:g}: " + ("reached" if self.ratio >= self.target else "MISSED")
+
+
+def assert_as_accurate(ours: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
+    """max|ours − exact| ≤ 2·max|plain − exact| + half a unit in the last place of max|exact|, as in the tests."""
+    error, allowed = ((out - exact).abs().max().item() for out in (ours, plain))
+    bound = 2 * allowed + torch.finfo(ours.dtype).eps / 2 * exact.abs().max().item()
+    assert error <= bound, f"{what}: off by {error:.3g}, plain torch by {allowed:.3g}"
 
 
 def alternate(

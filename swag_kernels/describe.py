@@ -14,7 +14,7 @@ def describe(tensors: list[Tensor]) -> object:
 
     Equal to nothing where the values may not simply be what the memory holds: sparse, nested, fake, on the meta device,
     complex, lazily zero, or lazily negated, which is looked for only where no stride gives it away: in one element.
-    Some 50 ns a tensor with the extension, else 400.
+    With the extension in one pass, else by torch's getters, which takes several times as long.
 
     Raises:
         TypeError: an element is no tensor.
