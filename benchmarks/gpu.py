@@ -18,30 +18,19 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from bench_bayes_average import plain_average
 from bench_collect import ForeachSwag
+from gpu_launch import launch_rows
+from gpu_lora import extra_rows, lora_rows, plain_launch_rows
 from gpu_model import LEAST_MEMORY, model_rows
-from gpu_timing import alternate, copy_bandwidth, copy_of, host_seconds, machine, matmul_rate
-from harness import LORA_SIZES, Row, assert_as_accurate, compare
-from swag_kernels import (
-    AverageState,
-    arena_size,
-    bayes_average_,
-    collect_,
-    draw,
-    reference,
-    sampled_lora,
-    sampled_lora_linear,
-    segment_table,
-)
-from swag_kernels.triton.sampled_lora_linear import fused, tiles
+from gpu_timing import alternate, by_others, copy_bandwidth, copy_of, host_row, machine, matmul_rate
+from harness import LORA_SIZES, Row, compare, quantity
+from swag_kernels import AverageState, arena_size, bayes_average_, collect_, draw, segment_table
 
 RESULTS = Path(__file__).parent / "results"
 LARGE = "Llama-3-8B r=16 all-linear"
 RANK, SAMPLES = 20, 32
-DTYPE = torch.bfloat16  # of the layers
 
 Part = Callable[[torch.device], Iterable[Row]]
 
@@ -58,7 +47,7 @@ def collect_rows(device: torch.device, size: str = LARGE) -> Iterator[Row]:
         def ours(params=params, mean=mean, m2=m2, deviations=deviations, count=count, layout=layout):
             collect_(params, mean, m2, deviations, count, layout)
 
-        functions = {"collect_": ours}
+        functions = {"collect_": ours, **by_others(ours, "collect_", device)}
         if dtype == torch.float32:
             foreach = ForeachSwag(layout, device)
             for _ in range(3):
@@ -73,8 +62,7 @@ def collect_rows(device: torch.device, size: str = LARGE) -> Iterator[Row]:
         functions[copied] = copy_of(weights * (20 + dtype.itemsize) // 4, device)
         case = f"collect_ {name_of(dtype)}, {size}, R={RANK}"
         yield from compare(case, alternate(functions, device), "collect_", {copied: target})
-        host = statistics.median(host_seconds(ours, device))
-        yield Row(f"{case}: host time", "60 µs", host, 60e-6, 60e-6 / host, 60e-6 / host, 60e-6 / host, 1.0)
+        yield host_row(f"{case}: host time", ours, 60e-6, device)
 
 
 def draw_rows(device: torch.device, size: str = LARGE) -> Iterator[Row]:
@@ -102,6 +90,7 @@ def draw_rows(device: torch.device, size: str = LARGE) -> Iterator[Row]:
         copied, normals = "state once and samples at the speed of a copy", "as many normals by torch.randn"
         functions = {
             "draw": partial(ours, antithetic=antithetic),
+            **by_others(partial(ours, antithetic=antithetic), "draw", device),
             "torch, a sample": theirs,
             copied: copy_of(number * (2 + RANK + SAMPLES // 2), device),
             normals: partial(torch.randn, draws, number, device=device, dtype=torch.bfloat16),
@@ -112,69 +101,6 @@ def draw_rows(device: torch.device, size: str = LARGE) -> Iterator[Row]:
         roofline = max(copied, normals, key=lambda name: statistics.median(seconds[name]))
         case = f"draw bfloat16, {size}, R={RANK}, S={SAMPLES}, {'antithetic' if antithetic else 'iid'}"
         yield from compare(case, seconds, "draw", {roofline: 0.8, "torch, for each sample": 10.0})
-
-
-def lora_rows(device: torch.device) -> Iterator[Row]:
-    kinds = {"decode": ((32, 1), (256, 1), (8, 16)), "prefill": ((8, 512), (32, 256))}
-    ratios: dict[str, list[float]] = {kind: [] for kind in kinds}
-    for kind, sizes in kinds.items():
-        for samples, rows in sizes:
-            for features, out in ((4096, 4096), (4096, 11008)):
-                for rank in (8, 16, 64):
-                    row = lora_row(device, kind, samples, rows, features, out, rank)
-                    ratios[kind].append(row.ratio)
-                    yield row
-    for kind, target in (("decode", 1.5), ("prefill", 1.05)):
-        mean = statistics.geometric_mean(ratios[kind])
-        low, high = min(ratios[kind]), max(ratios[kind])
-        yield Row(f"sampled_lora {kind}, geometric mean", "bmm + in-place baddbmm", 0.0, 0.0, mean, low, high, target)
-
-
-def lora_inputs(device: torch.device, samples: int, rows: int, features: int, out: int, rank: int) -> list[Tensor]:
-    shapes = (samples, rows, features), (samples, rank, features), (samples, out, rank), (samples, rows, out)
-    return [torch.randn(shape, device=device).to(DTYPE) / shape[-1] ** 0.5 for shape in shapes]
-
-
-def lora_row(device: torch.device, kind: str, samples: int, rows: int, features: int, out: int, rank: int) -> Row:
-    x, A, B, base = lora_inputs(device, samples, rows, features, out, rank)
-
-    def theirs(y: Tensor) -> Tensor:
-        return y.baddbmm_(torch.bmm(x, A.mT), B.mT, alpha=0.5)
-
-    exact = torch.baddbmm(base.float(), torch.bmm(x.float(), A.float().mT), B.float().mT, alpha=0.5)
-    assert_as_accurate(sampled_lora(x, A, B, 0.5, base.clone()), theirs(base.clone()), exact, "sampled_lora")
-    y, z = base.clone(), base.clone()
-    functions = {"sampled_lora": lambda: sampled_lora(x, A, B, 0.5, y), "bmm + in-place baddbmm": lambda: theirs(z)}
-    case = f"sampled_lora {kind} {features}→{out} S={samples} M={rows} r={rank}"
-    return compare(case, alternate(functions, device), "sampled_lora", {"bmm + in-place baddbmm": 1.0})[0]
-
-
-def extra_rows(device: torch.device, samples: int = 8, rows: int = 1024, width: int = 4096) -> Iterator[Row]:
-    """A base layer with its update, by the choice of the library and by every other way, against the base layer alone: at
-    most 8 % more is a ratio of at least 1 / 1.08."""
-    for out, rank, target in ((width, 16, 1 / 1.08), (width // 4, 16, None), (width, 8, None)):
-        x, A, B, _ = lora_inputs(device, samples, rows, width, out, rank)
-        given = x, torch.randn(out, width, device=device).to(DTYPE) / width**0.5, None, A, B, 0.5
-        ways = {"sampled_lora_linear": lambda given=given: sampled_lora_linear(*given)}
-        ways["layer, then sampled_lora"] = lambda given=given: layer_and_sampled_lora(*given)
-        for tile in tiles(device):
-            ways[f"fused, {tile[0]} × {tile[1]}"] = lambda given=given, tile=tile: fused(*given, tile)
-        exact = reference.sampled_lora_linear(*(t.float() if isinstance(t, Tensor) else t for t in given))
-        plain = layer_and_products(*given)
-        for way, function in ways.items():
-            assert_as_accurate(function(), plain, exact, way)
-        ways["layer, then bmm + in-place baddbmm"] = lambda given=given: layer_and_products(*given)
-        ways["base layer alone"] = lambda given=given: linear(*given[:2])
-        case = f"sampled_lora_linear, prefill {width}→{out} S={samples} M={rows} r={rank}"
-        yield from compare(case, alternate(ways, device), "sampled_lora_linear", {"base layer alone": target})
-
-
-def layer_and_sampled_lora(x: Tensor, weight: Tensor, bias: None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    return sampled_lora(x, A, B, scaling, linear(x, weight, bias))
-
-
-def layer_and_products(x: Tensor, weight: Tensor, bias: None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    return linear(x, weight, bias).baddbmm_(torch.bmm(x, A.mT), B.mT, alpha=scaling)
 
 
 def average_rows(device: torch.device, batch: int = 8, classes: int = 128_256) -> Iterator[Row]:
@@ -188,6 +114,7 @@ def average_rows(device: torch.device, batch: int = 8, classes: int = 128_256) -
         once = "logits once at the speed of a copy"
         functions = {
             "bayes_average_": lambda state=state, logits=logits: bayes_average_(state, logits),
+            **by_others(lambda state=state, logits=logits: bayes_average_(state, logits), "bayes_average_", device),
             "softmax, mean, entropies": lambda logits=logits: plain_average(logits.softmax(-1, dtype=torch.float32)),
             once: copy_of(logits.numel() * dtype.itemsize // 4, device),
         }
@@ -197,11 +124,6 @@ def average_rows(device: torch.device, batch: int = 8, classes: int = 128_256) -
 
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def quantity(seconds: float) -> str:
-    scale, unit = next(((k, u) for k, u in ((1, "s"), (1e3, "ms")) if seconds * k >= 1), (1e6, "µs"))
-    return f"{seconds * scale:.4g} {unit}" if seconds else ""
 
 
 def markdown(rows: list[Row], device: str, limits: str) -> str:
@@ -261,7 +183,15 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("torch finds no GPU")
     device = torch.device("cuda")
-    parts: list[Part] = [collect_rows, draw_rows, lora_rows, extra_rows, average_rows]
+    parts: list[Part] = [
+        collect_rows,
+        draw_rows,
+        lora_rows,
+        plain_launch_rows,
+        launch_rows,
+        extra_rows,
+        average_rows,
+    ]
     if torch.cuda.get_device_properties(device).total_memory >= LEAST_MEMORY:
         parts.append(model_rows)
     else:

@@ -12,8 +12,12 @@ from functools import cache
 import torch
 
 import harness
+from harness import Row, quantity
+from swag_kernels import backend
+from swag_kernels.backend import choose
 
 Functions = Mapping[str, Callable[[], object]]
+OTHERS = {"cuda": ("triton",)}  # timed beside the back end that is chosen
 
 
 def alternate(functions: Functions, device: torch.device, rounds: int = 15, warmup: int = 3) -> dict[str, list[float]]:
@@ -58,6 +62,42 @@ def host_seconds(function: Callable[[], object], device: torch.device, calls: in
         function()
         seconds.append(time.perf_counter() - start)
     return seconds
+
+
+def back_to_back(
+    functions: Functions, device: torch.device, rounds: int = 9, calls: int = 200
+) -> dict[str, list[float]]:
+    """Seconds a call of each function when calls follow one another: the host's or the device's, whichever is longer."""
+
+    def repeated(function: Callable[[], object]) -> Callable[[], object]:
+        def run() -> None:
+            for _ in range(calls):
+                function()
+
+        return run
+
+    seconds = wall({name: repeated(f) for name, f in functions.items()}, device, rounds)
+    return {name: [s / calls for s in values] for name, values in seconds.items()}
+
+
+def by_others(function: Callable[[], object], name: str, device: torch.device) -> dict[str, Callable[[], object]]:
+    """The same call served by the back end that would be chosen next."""
+
+    def by(other: str) -> Callable[[], object]:
+        def run() -> object:
+            with backend(other):
+                return function()
+
+        return run
+
+    return {f"{name} by {other}": by(other) for other in OTHERS.get(choose(device), ())}
+
+
+def host_row(case: str, function: Callable[[], object], target: float, device: torch.device) -> Row:
+    seconds = sorted(host_seconds(function, device))
+    ratios = [target / statistics.quantiles(seconds, n=5)[i] for i in (3, 0)]
+    host = statistics.median(seconds)
+    return Row(case, quantity(target), host, target, target / host, *ratios, 1.0)
 
 
 def synchronize(device: torch.device) -> None:

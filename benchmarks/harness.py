@@ -58,6 +58,11 @@ class Row:
         return f"≥ {self.target:g}: " + ("reached" if self.ratio >= self.target else "MISSED")
 
 
+def quantity(seconds: float) -> str:
+    scale, unit = next(((k, u) for k, u in ((1, "s"), (1e3, "ms")) if seconds * k >= 1), (1e6, "µs"))
+    return f"{seconds * scale:.4g} {unit}" if seconds else ""
+
+
 def assert_as_accurate(ours: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
     """max|ours − exact| ≤ 2·max|plain − exact| + half a unit in the last place of max|exact|, as in the tests."""
     error, allowed = ((out - exact).abs().max().item() for out in (ours, plain))

@@ -13,10 +13,10 @@ from types import ModuleType
 
 import torch
 
-BACKENDS = {"triton": "triton", "cpu": "native", "reference": "reference"}
+BACKENDS = {"cuda": "cuda", "triton": "triton", "cpu": "native", "reference": "reference"}
 """Back ends by name, and the module of this package that holds each one's ops."""
 
-_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 _DEFAULT = ("reference",)
 
 OPS = (
@@ -82,7 +82,7 @@ def choose(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
             raise RuntimeError(f"the back end '{forced}' is not available: {reason}")
         return forced
     name, reasons = _default(device.type)
-    if reasons:
+    if name == "reference" and reasons:
         warnings.warn(f"swag_kernels runs on the slow '{name}' back end; {reasons}", RuntimeWarning, stacklevel=2)
     return name
 
@@ -118,7 +118,7 @@ def _usual(device_type: str) -> ModuleType | None:
     if _from_environment() is not None:
         return None
     name, reasons = _default(device_type)
-    return None if reasons else _module(name)
+    return None if name == "reference" and reasons else _module(name)
 
 
 def info() -> None:
@@ -136,8 +136,9 @@ def info() -> None:
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     for device in devices:
         print(f"  on {device}: {_choice(device)}")
-    if _missing("triton") is None:
-        print(f"  sampled_lora by triton: {importlib.import_module('swag_kernels.triton.plan').RULE}")
+    for name, holder in (("cuda", "cuda"), ("triton", "triton.plan")):
+        if _missing(name) is None:
+            print(f"  sampled_lora by {name}: {importlib.import_module(f'swag_kernels.{holder}').RULE}")
 
 
 def _choice(device: torch.device) -> str:
@@ -150,4 +151,5 @@ def _choice(device: torch.device) -> str:
             return str(error)
     asked = _forced.get() or _from_environment()
     why = "asked for" if asked else _default(device.type)[1] or "the first choice there"
-    return f"{', '.join(f'{op} → {name}' for op in OPS)} ({why}); float64 → reference"
+    server_of = getattr(_module(name), "server_of", lambda op: name)  # a back end may leave an op to another
+    return f"{', '.join(f'{op} → {server_of(op)}' for op in OPS)} ({why}); float64 → reference"

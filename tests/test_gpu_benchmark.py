@@ -10,6 +10,7 @@ from transformers import LlamaConfig
 pytest.importorskip("triton")
 
 import gpu
+import gpu_lora
 import gpu_model
 import gpu_timing
 from gpu_model import decode_rows, evaluation_rows, fine_tune, model_rows
@@ -78,14 +79,16 @@ def test_other_samples_are_caught(monkeypatch, wrong):
 def test_rows_of_the_ops(monkeypatch):
     monkeypatch.setitem(gpu.LORA_SIZES, "tiny", [(4, 40), (40, 4)] * 2)
     monkeypatch.setattr(gpu, "SAMPLES", 4)
-    monkeypatch.setattr(gpu, "DTYPE", torch.float16)  # Triton's interpreter computes bfloat16 wrongly
+    monkeypatch.setattr(gpu_lora, "DTYPE", torch.float16)  # Triton's interpreter computes bfloat16 wrongly
+    monkeypatch.setattr(gpu_timing, "OTHERS", {"cpu": ("reference",)})
     with torch.no_grad():
         for rows, number in (
-            (gpu.collect_rows(CPU, "tiny"), 5),
-            (gpu.draw_rows(CPU, "tiny"), 8),
-            (gpu.extra_rows(CPU, samples=2, rows=40, width=64), 15),
-            (gpu.average_rows(CPU, batch=2, classes=50), 4),
-            ([gpu.lora_row(CPU, "decode", 2, 3, 32, 48, 4)], 1),
+            (gpu.collect_rows(CPU, "tiny"), 7),
+            (gpu.draw_rows(CPU, "tiny"), 10),
+            (gpu_lora.extra_rows(CPU, samples=2, rows=40, width=64), 15),
+            (gpu_lora.plain_launch_rows(CPU, samples=2, width=16), 2),
+            (gpu.average_rows(CPU, batch=2, classes=50), 6),
+            (gpu_lora.lora_case(CPU, "decode", 2, 3, 32, 48, 4), 2),
         ):
             rows = list(rows)
             assert len(rows) == number

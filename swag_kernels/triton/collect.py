@@ -8,10 +8,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from swag_kernels.describe import describe
 from swag_kernels.layout import BLOCK
+from swag_kernels.recollect import Collections, describe_buffers
 from swag_kernels.triton.launch import kernel, on_device_of, options
 from swag_kernels.triton.tables import block_table, keep_for_graph
 
@@ -95,21 +95,18 @@ def collect_kernel(
         tl.store(p_slot + o_n, tl.where(m_n, deviation, 0.0))
 
 
-@dataclass
-class _Known:
-    """The table of a layout's last collection, and the descriptions of all that it was made from and checked for."""
+@dataclass(frozen=True)
+class _Table:
+    """int64 ``[size / BLOCK, 2]``, the address of each block's part of its tensor and the dtype of that; the constants of the
+    kernel."""
 
-    params: object  # contiguous ones, all of them
-    buffers: object
-    wide: bool  # whether the buffers start at multiples of 16 bytes
-    version: int
     addresses: Tensor
     blocks: Tensor
     dtype: int
     aligned: bool
 
 
-_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_collections: Collections[_Table] = Collections()
 
 
 def collect_(
@@ -118,64 +115,52 @@ def collect_(
     with on_device_of(mean):
         if mean.numel():
             contiguous = [p if p.is_contiguous() else p.contiguous() for p in params]
-            known = _table(contiguous, layout, mean.numel(), mean.device)
-            known.buffers = _buffers(mean, m2, deviations, count)
-            known.wide = all(t is None or t.data_ptr() % 16 == 0 for t in (mean, m2, deviations))
-            _launch(known, mean, m2, deviations, count)
+            described = describe(contiguous)
+            table = _table(contiguous, described, layout, mean.numel(), mean.device)
+            _collections.keep(described, describe_buffers(mean, m2, deviations, count), layout, table)
+            _launch(table, mean, m2, deviations, count)
         count += 1
 
 
 def recollect(
     params: list[Tensor], mean: Tensor, m2: Tensor, deviations: Tensor | None, count: Tensor, layout: Tensor
 ) -> bool:
-    """Collects and is true if nothing but values changed since a collection of this layout, which was checked then.
-
-    With some hundred tensors, the checks of the op take longer than its kernel.
-    """
-    known = _known.get(layout)
-    if (
-        known is None
-        or known.version != layout._version
-        or known.buffers != _buffers(mean, m2, deviations, count)
-        or known.params != describe(params)
-    ):
+    """Collects and is true if nothing but values changed since a collection of this layout, which was checked then."""
+    table = _collections.repeated(params, describe_buffers(mean, m2, deviations, count), layout)
+    if table is None:
         return False
     with on_device_of(mean):
-        _launch(known, mean, m2, deviations, count)
+        _launch(table, mean, m2, deviations, count)
         count += 1
     return True
 
 
-def _buffers(mean: Tensor, m2: Tensor, deviations: Tensor | None, count: Tensor) -> object:
-    return describe([mean, m2, count] if deviations is None else [mean, m2, count, deviations])
-
-
-def _launch(known: _Known, mean: Tensor, m2: Tensor, deviations: Tensor | None, count: Tensor) -> None:
-    keep_for_graph(known.addresses, known.blocks)
+def _launch(table: _Table, mean: Tensor, m2: Tensor, deviations: Tensor | None, count: Tensor) -> None:
+    keep_for_graph(table.addresses, table.blocks)
+    wide = all(t is None or t.data_ptr() % 16 == 0 for t in (mean, m2, deviations))
     size = mean.numel()
     collect_kernel[size // BLOCK,](
-        known.addresses,
-        known.blocks,
+        table.addresses,
+        table.blocks,
         mean,
         m2,
         mean if deviations is None else deviations,
         count,
         size,
         1 if deviations is None else len(deviations),
-        DTYPE=known.dtype,
-        ALIGNED=known.aligned and known.wide,
+        DTYPE=table.dtype,
+        ALIGNED=table.aligned and wide,
         HAS_DEVIATIONS=deviations is not None,
         B_N=BLOCK,
         **options(4, exact=True),
     )
 
 
-def _table(params: list[Tensor], layout: Tensor, size: int, device: torch.device) -> _Known:
-    """The kept table, or one made anew: int64 ``[size / BLOCK, 2]``, the address of each block's part of its tensor and
-    the dtype of that."""
-    described, blocks, known = describe(params), block_table(layout, size, device), _known.get(layout)
-    if known is not None and known.params == described and known.blocks is blocks:
-        return known
+def _table(params: list[Tensor], described: object, layout: Tensor, size: int, device: torch.device) -> _Table:
+    """The last collection's table, or one made anew."""
+    blocks, last = block_table(layout, size, device), _collections.last(layout)
+    if last is not None and last.params == described and last.table.blocks is blocks:
+        return last.table
     pointers, dtypes = [p.data_ptr() for p in params], [p.dtype for p in params]
     starts = torch.tensor([pointers, [DTYPES[d] for d in dtypes], [d.itemsize for d in dtypes]], dtype=torch.int64)
     tensor, _, _, within = blocks.long().unbind(1)
@@ -183,15 +168,9 @@ def _table(params: list[Tensor], layout: Tensor, size: int, device: torch.device
         start, code, itemsize = starts.to(device)[:, tensor]
     else:
         start, code, itemsize = torch.zeros(3, len(tensor), dtype=torch.int64, device=device)
-    made = _Known(
-        described,
-        None,
-        False,
-        layout._version,
+    return _Table(
         torch.stack((start + within * BLOCK * itemsize, code), dim=1),
         blocks,
         DTYPES[dtypes[0]] if len(set(dtypes)) == 1 else MIXED,
         all(pointer % 16 == 0 for pointer in pointers),
     )
-    _known[layout] = made
-    return made

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from swag_kernels import products
 from swag_kernels.rows import rows_and_stride
 from swag_kernels.triton.launch import kernel, on_device_of, options
 from swag_kernels.triton.plan import CHUNK_STEP, CHUNKS, Plan, plan
@@ -167,11 +168,7 @@ def _forward(x: Tensor, A: Tensor, B: Tensor, scaling: float, base: Tensor, y: T
             h = shrink(chosen, x, stride_x, A, stride_a, transposed=False)
             expand(chosen, h, B, stride_b, scaling, (start, stride_base), y, transposed=False)
             return
-        hidden = torch.bmm(x.expand(samples, *x.shape[1:]), A.mT)
-        if base.dtype == x.dtype:
-            torch.baddbmm(base.expand_as(y), hidden, B.mT, alpha=scaling, out=y)
-        else:
-            y.copy_(torch.add(base, torch.bmm(hidden, B.mT), alpha=scaling))
+        products.update(x, A, B, scaling, base, y)
 
 
 def shrink(p: Plan, x: Tensor, stride_x: int, A: Tensor, stride_a: int, *, transposed: bool) -> Tensor:

@@ -1,5 +1,7 @@
 import pytest
 import torch
+from gpu_device import ON_GPU, TRITON_DTYPES
+from gpu_fixtures import KERNELS, ROOT, load, served_by_cuda, served_by_triton
 
 from swag_kernels import native
 
@@ -17,3 +19,59 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def build():
+    """tests/simt/build.py, where there is a compiler."""
+    build = load("simt_build", ROOT / "tests" / "simt" / "build.py")
+    if build.compiler() is None:
+        pytest.skip("needs a C++ compiler")
+    return build
+
+
+@pytest.fixture(scope="session")
+def folder():
+    """Where the compiled code stays from one run to the next."""
+    return ROOT / "build" / "simt"
+
+
+@pytest.fixture(scope="session")
+def simt(build, folder):
+    """The kernels of csrc/cuda compiled for the CPU."""
+    return load("_simt", build.module(folder))
+
+
+@pytest.fixture
+def device(request, monkeypatch):
+    """The device with one back end serving every op; what Triton's interpreter computes wrongly is skipped."""
+    kernels, _, schedule = request.param.partition(", threads ")
+    if kernels == "triton":
+        dtypes = {value for value in request.node.callspec.params.values() if isinstance(value, torch.dtype)}
+        if not dtypes.issubset(TRITON_DTYPES):
+            pytest.skip("Triton's interpreter computes bfloat16 wrongly")
+        with served_by_triton() as device:
+            yield device
+    else:
+        with served_by_cuda(lambda: request.getfixturevalue("simt"), monkeypatch, schedule) as device:
+            yield device
+
+
+@pytest.fixture
+def imitate(device, request):
+    """Has launches find a GPU of another compute capability, or with more multiprocessors."""
+    if ON_GPU:
+        pytest.skip("the GPU is what it is")
+    return request.getfixturevalue("simt").imitate
+
+
+def pytest_generate_tests(metafunc):
+    if "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", KERNELS[metafunc.definition.path.parent.name], indirect=True)
+
+
+def pytest_collection_modifyitems(items):
+    """Marked ``gpu``: what only a GPU can show."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not ON_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))

@@ -2,44 +2,17 @@ import math
 
 import pytest
 import torch
+from average_checks import FIELDS, check, compare, stream
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerance import assert_as_accurate_as_torch
 
 from swag_kernels import AverageState, backend, bayes_average_, native
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FIELDS = ("log_sum", "m2", "votes", "mean_entropy")
 
 # S, B, C: two classes, odd sizes, more samples than a tile holds, more classes than a block. B is large enough for plain
 # torch's largest error to be a typical one.
 SIZES = [(8, 64, 2), (6, 33, 17), (32, 70, 150), (1, 40, 9), (600, 20, 33), (10, 16, 4099), (3, 16, 30_000)]
-
-
-def stream(logits, chunks=None, antithetic=False, name="cpu", dtype=torch.float32):
-    state = AverageState(*logits.shape[1:], antithetic=antithetic, dtype=dtype)
-    with backend(name):
-        for chunk in logits.split(chunks or max(len(logits), 1)):
-            bayes_average_(state, chunk)
-    return state
-
-
-def check(logits, chunks=None, antithetic=False):
-    out = stream(logits, chunks, antithetic)
-    plain = stream(logits, chunks, antithetic, "reference")
-    exact = stream(logits.double(), None, antithetic, "reference", torch.float64)
-    assert out.num_samples == exact.num_samples == len(logits)
-    compare(out, plain, exact)
-
-
-def compare(out, plain, exact):
-    """m2 by its root, which is in units of a probability: a rounding of p moves it by as much."""
-    for field in FIELDS:
-        values = [getattr(state, field) for state in (out, plain, exact)]
-        if field == "m2":
-            values = [value.sqrt() for value in values]
-        assert_as_accurate_as_torch(*values)
-    assert torch.equal(out.votes.double(), exact.votes)
 
 
 @pytest.mark.parametrize("antithetic", [False, True])

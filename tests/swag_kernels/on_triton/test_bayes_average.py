@@ -1,43 +1,7 @@
 from importlib import import_module
 
-import pytest
 import torch
-from tolerance import assert_as_accurate_as_torch
-from triton_device import DTYPES
-
-from swag_kernels import AverageState, backend, bayes_average_
-
-FIELDS = ("log_sum", "m2", "votes", "mean_entropy")
-
-# S, B, C: two classes, odd sizes, more samples than one merge takes, more classes than a tile or a part holds.
-SIZES = [(8, 40, 2), (6, 13, 17), (12, 10, 150), (40, 4, 33), (5, 3, 1030), (3, 2, 20_000)]
-
-
-def stream(device, logits, chunks=None, antithetic=False, name="triton", dtype=torch.float32):
-    state = AverageState(*logits.shape[1:], device=device, antithetic=antithetic, dtype=dtype)
-    with backend(name):
-        for chunk in logits.to(device).split(chunks or max(len(logits), 1)):
-            bayes_average_(state, chunk)
-    return state
-
-
-def check(device, logits, chunks=None, antithetic=False):
-    """m2 by its root, which is in units of a probability: a rounding of p moves it by as much."""
-    out = stream(device, logits, chunks, antithetic)
-    plain = stream("cpu", logits, chunks, antithetic, "reference")
-    exact = stream("cpu", logits.double(), None, antithetic, "reference", torch.float64)
-    assert out.num_samples == len(logits)
-    for field in FIELDS:
-        values = [getattr(state, field).cpu() for state in (out, plain, exact)]
-        assert_as_accurate_as_torch(*([value.sqrt() for value in values] if field == "m2" else values))
-    assert torch.equal(out.votes.cpu().double(), exact.votes)
-
-
-@pytest.mark.parametrize("antithetic", [False, True])
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_matches_the_reference(device, sizes, antithetic):
-    logits = 3 * torch.randn(sizes)
-    check(device, torch.cat((logits, 0.5 * logits)) if antithetic else logits, None, antithetic)
+from average_checks import check
 
 
 def test_more_classes_than_the_scans_of_a_row_take(device, monkeypatch):
@@ -45,79 +9,4 @@ def test_more_classes_than_the_scans_of_a_row_take(device, monkeypatch):
     module = import_module("swag_kernels.triton.bayes_average")
     monkeypatch.setattr(module, "PART", 1024)
     monkeypatch.setattr(module, "PARTS", 2)
-    check(device, 3 * torch.randn(3, 2, 5000))
-
-
-@pytest.mark.parametrize("antithetic", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_chunks(device, dtype, antithetic):
-    check(device, (3 * torch.randn(12, 12, 150)).to(dtype), 6, antithetic)
-
-
-@pytest.mark.parametrize("sizes", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
-def test_empty(device, sizes):
-    state = stream(device, torch.randn(sizes))
-    assert state.num_samples == sizes[0] and state.log_sum.shape == sizes[1:]
-    if not sizes[0]:
-        assert (state.log_sum == -torch.inf).all() and not state.m2.any() and not state.votes.any()
-
-
-def test_views(device):
-    check(device, torch.randn(6, 50, 8).permute(2, 0, 1))
-
-
-def test_bits_do_not_depend_on_the_rest_of_the_batch(device):
-    logits = 3 * torch.randn(5, 6, 1500)
-    whole, alone = stream(device, logits), stream(device, logits[:, 4:5].contiguous())
-    for field in FIELDS:
-        assert torch.equal(getattr(alone, field)[0], getattr(whole, field)[4]), field
-
-
-@pytest.mark.parametrize("scale", [1e4, 1e30])
-def test_extreme_logits(device, scale):
-    """Log-probabilities far below what a float32 probability can hold still add up."""
-    check(device, scale * torch.randn(8, 20, 11))
-    logits = torch.zeros(4, 1, 3)
-    logits[:, 0, 1], logits[:, 0, 2] = -200.0, scale * torch.tensor([-1.0, -2.0, -1.0, -3.0])
-    state = stream(device, logits, 2)
-    torch.testing.assert_close(state.log_probs()[0, :2].cpu(), torch.tensor([0.0, -200.0]))
-    assert (state.std_error()[0, :2] == 0).all()
-
-
-def test_excluded_classes(device):
-    logits = torch.randn(8, 32, 70)
-    logits[:, :, 3], logits[2:5, :, 40:] = -torch.inf, -torch.inf
-    logits[:, 5] = -torch.inf
-    logits[:, 5, 60] = 4.0
-    check(device, logits)
-    check(device, logits, 2, True)
-    state = stream(device, logits)
-    assert (state.log_sum[:, 3] == -torch.inf).all() and not state.m2[:, 3].any()
-    assert state.log_probs()[5, 60] == 0 and state.mean_entropy[5] == 0 and state.entropy()[5] == 0
-
-
-@pytest.mark.parametrize("classes", [3, 1500])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_undefined_rows_are_nan_and_leave_the_others_alone(device, classes, value):
-    logits = torch.randn(4, 6, classes)
-    clean = stream(device, logits)
-    logits[1, 2, classes // 2] = value
-    logits[2, 4] = -torch.inf
-    state = stream(device, logits)
-    for field in ("log_sum", "m2", "mean_entropy"):
-        out = getattr(state, field)
-        assert out[[2, 4]].isnan().all(), field
-        assert torch.equal(out[[0, 1, 3, 5]], getattr(clean, field)[[0, 1, 3, 5]]), field
-
-
-def test_ties_go_to_the_first_class(device):
-    logits = torch.zeros(4, 3, 1500)
-    logits[:, 1, [700, 1400]], logits[:, 2, 1499] = 2.0, 1.0
-    votes = stream(device, logits).votes
-    assert votes[0, 0] == votes[1, 700] == votes[2, 1499] == 4 and votes.sum() == 12
-
-
-def test_opcheck(device):
-    state = AverageState(3, 7, device=device)
-    fields = state.log_sum, state.m2, state.votes, state.mean_entropy, state.count
-    torch.library.opcheck(torch.ops.swag_kernels.bayes_average_, (*fields, torch.randn(4, 3, 7, device=device), 1))
+    check(3 * torch.randn(3, 2, 5000), device=device)

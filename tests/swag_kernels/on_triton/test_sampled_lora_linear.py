@@ -2,16 +2,16 @@ from importlib import import_module
 
 import pytest
 import torch
+from gpu_device import TRITON_DTYPES
 from test_sampled_lora import SCALING, inputs
 from test_sampled_lora_linear import exact_and_plain, layer
 from tolerance import assert_as_accurate_as_torch
-from triton_device import DTYPES
 
 from swag_kernels import sampled_lora_linear
 
 pytest.importorskip("triton")
 module = import_module("swag_kernels.triton.sampled_lora_linear")
-HALVES = [dtype for dtype in DTYPES if dtype != torch.float32]
+HALVES = [dtype for dtype in TRITON_DTYPES if dtype != torch.float32]
 TILES = {tile: None for tile in (*module.TILES, *module.WIDE_TILES)}
 
 # S, M, in, out, r: beside the tiles' sizes, more bands of tiles than one, ranks beside the padded ones.
@@ -58,7 +58,7 @@ def test_strided_samples(device, dtype, monkeypatch):
     [(2, 31, 64, 48, 8), (2, 40, 72, 48, 8), (2, 40, 64, 47, 8), (2, 40, 64, 48, 33), (2, 40, 64, 48, 65)],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 def test_what_the_kernel_does_not_serve(device, dtype, sizes, monkeypatch):
     monkeypatch.delattr(module, "fused")
     given, exact, plain = tensors(device, sizes, dtype)

@@ -1,4 +1,4 @@
-"""Every op's Triton kernels once, at small odd sizes: a program that compute-sanitizer can watch.
+"""Every op's kernels once, by every back end that serves the GPU, at small odd sizes: a program that compute-sanitizer can watch.
 
 Tails of every tile, no deviations, one sample, each dtype. Results are compared loosely with the reference on the CPU; the
 tests beside this file are the strict ones. Without a GPU it runs in Triton's interpreter, if TRITON_INTERPRET=1 is set.
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from swag_kernels import AverageState, arena_size, backend, bayes_average_, collect_, draw, reference, sampled_lora
 from swag_kernels import segment_table as table
+from swag_kernels.backend import choose
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter computes bfloat16 arithmetic wrongly.
@@ -96,13 +97,26 @@ def cases() -> list[tuple[Callable[..., None], tuple]]:
     return [*found, (draws, (33, 2, False, torch.float32)), (average, (3, 2, 17_000, False, torch.float32))]
 
 
+def back_ends() -> list[str]:
+    served = []
+    for name in ("triton", "cuda"):
+        with backend(name):
+            try:
+                served.append(choose(DEVICE))
+            except RuntimeError as reason:
+                print(f"without {name}: {reason}")
+    return served
+
+
 def main() -> None:
     torch.manual_seed(0)
     found = cases()
-    with backend("triton"):
-        for case, sizes in found:
-            case(*sizes)
-    print(f"{len(found)} small cases on {DEVICE}")
+    names = back_ends()
+    for name in names:
+        with backend(name):
+            for case, sizes in found:
+                case(*sizes)
+    print(f"{len(found)} small cases on {DEVICE} by {' and '.join(names)}")
 
 
 if __name__ == "__main__":
