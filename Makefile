@@ -1,7 +1,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
-NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h') CMakeLists.txt setup.py
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') CMakeLists.txt setup.py
 JOBS ?= 2
 GPU_JOBS ?= 8
 ON_TRITON := tests/swag_kernels/on_triton
@@ -24,7 +24,8 @@ bench: $(VENV)/.built
 gpu: gpu-test gpu-memcheck gpu-bench
 
 gpu-build:
-	$(PYTHON) -c "import swag_kernels._C" 2>/dev/null || $(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -c "import shutil; from swag_kernels import _C; assert hasattr(_C, 'cuda_collect') or not shutil.which('nvcc')" \
+		2>/dev/null || $(PYTHON) setup.py --quiet build_ext --inplace
 
 # In several processes, because Triton takes longer to compile the kernels' variants than the GPU to run them.
 gpu-test: gpu-build

@@ -6,6 +6,9 @@
 
 #include "cpu/dispatch.h"
 #include "describe.h"
+#ifdef SWAG_CUDA
+#include "cuda/bind.h"
+#endif
 
 namespace py = pybind11;
 using swag::Dtype;
@@ -99,4 +102,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("select_isa", &swag::select_isa);
   m.def("supported_isas", &swag::supported_isas);
   m.def("openmp_enabled", &swag::openmp_enabled);
+#ifdef SWAG_CUDA
+  swag::cuda::bind(m);
+#endif
 }

@@ -41,7 +41,12 @@ class Collections(Generic[Table]):
     def repeated(self, params: list[Tensor], buffers: object, layout: Tensor) -> Table | None:
         """The table of the layout's last collection if nothing but values changed since."""
         last = self.last(layout)
-        if last is None or last.version != layout._version or last.buffers != buffers or last.params != describe(params):
+        if (
+            last is None
+            or last.version != layout._version
+            or last.buffers != buffers
+            or last.params != describe(params)
+        ):
             return None
         return last.table
 

@@ -60,6 +60,13 @@ __device__ __forceinline__ uint32_t pack2<float16>(float first, float second) {
   return word;
 }
 
+// 2^x with a relative error of at most 2^-22.5; 1 for 0, NaN for NaN, and 0 for what would be subnormal.
+__device__ __forceinline__ float exp2_approximate(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // 16 bytes from global to shared memory without a register between; zeros where not valid, and global is then not read.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
   const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));

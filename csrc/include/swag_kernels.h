@@ -3,7 +3,8 @@
  *
  * Every function checks its arguments on the host, launches on the given stream and returns without waiting. Tensors are
  * contiguous memory of the current device unless a stride says otherwise; "host" marks what is read by the CPU, and only
- * until the function returns. 16-byte alignment is demanded of float32 arenas (mean, m2, std, deviations, draws).
+ * until the function returns. 16-byte alignment is demanded of float32 arenas (mean, m2, std, deviations, draws). A size may
+ * be 0 unless it says otherwise; sizes are less than 2^31, an arena's less than 2^41.
  */
 #ifndef SWAG_KERNELS_H
 #define SWAG_KERNELS_H
@@ -21,6 +22,7 @@ enum swag_status {
   SWAG_OK = 0,
   SWAG_INVALID_ARGUMENT = 1, /* nothing was launched */
   SWAG_CUDA_ERROR = 2,       /* a launch failed: the outputs are undefined */
+  SWAG_OUT_OF_MEMORY = 3,    /* of the host: the outputs are undefined */
 };
 
 enum swag_dtype { SWAG_FLOAT32 = 0, SWAG_BFLOAT16 = 1, SWAG_FLOAT16 = 2 };
@@ -71,8 +73,8 @@ typedef struct swag_sampled_lora_args {
   const void* A;    /* [samples, rank, in] */
   const void* B;    /* [samples, out, rank] */
   const void* base; /* [samples, rows, out] */
-  void* y;          /* [samples, rows, out], without gaps; may be base itself */
-  int64_t samples, rows, in, out;
+  void* y;          /* [samples, rows, out], without gaps; base itself if that has none, or memory of its own */
+  int64_t samples, rows, in, out; /* in at least 1 */
   int64_t rank; /* 1 to 64 */
   int64_t stride_x, stride_A, stride_B, stride_base;
   float scaling;
@@ -98,7 +100,7 @@ SWAG_API int swag_draw(const swag_draw_args* args, swag_stream stream);
 SWAG_API int swag_sampled_lora(const swag_sampled_lora_args* args, swag_stream stream);
 SWAG_API int swag_bayes_average(const swag_bayes_average_args* args, swag_stream stream);
 
-/* Bytes that swag_bayes_average needs for these sizes; the pointers are not looked at. */
+/* Bytes that swag_bayes_average needs for these sizes, 0 if they are invalid; the pointers are not looked at. */
 SWAG_API size_t swag_bayes_average_workspace(const swag_bayes_average_args* args);
 
 /* What the calling thread's last failed function found wrong; empty if none failed. Valid until its next call. */

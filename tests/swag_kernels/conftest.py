@@ -1,3 +1,5 @@
+from zlib import crc32
+
 import pytest
 import torch
 from gpu_device import ON_GPU, TRITON_DTYPES
@@ -42,6 +44,14 @@ def simt(build, folder):
     return load("_simt", build.module(folder))
 
 
+@pytest.fixture(scope="session")
+def sanitized(build):
+    """What the environment of a process must hold for it to load what was compiled with ``sanitize=True``."""
+    if (library := build.sanitizer()) is None:
+        pytest.skip("needs the library of AddressSanitizer")
+    return {"LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0"}
+
+
 @pytest.fixture
 def device(request, monkeypatch):
     """The device with one back end serving every op; what Triton's interpreter computes wrongly is skipped."""
@@ -53,7 +63,8 @@ def device(request, monkeypatch):
         with served_by_triton() as device:
             yield device
     else:
-        with served_by_cuda(lambda: request.getfixturevalue("simt"), monkeypatch, schedule) as device:
+        seed = crc32(request.node.nodeid.encode())  # of the random schedule
+        with served_by_cuda(lambda: request.getfixturevalue("simt"), monkeypatch, schedule, seed) as device:
             yield device
 
 

@@ -37,7 +37,7 @@ def served_by_triton():
 
 
 @contextmanager
-def served_by_cuda(simt, monkeypatch, schedule):
+def served_by_cuda(simt, monkeypatch, schedule, seed):
     """The GPU, or the CPU that runs the same sources, with a block's threads in one order."""
     if ON_GPU:
         if cuda.missing():
@@ -49,7 +49,7 @@ def served_by_cuda(simt, monkeypatch, schedule):
     monkeypatch.setattr(cuda, "missing", lambda: None)
     monkeypatch.setattr(cuda, "_triton", lambda: None)
     monkeypatch.setitem(_PREFERENCE, "cpu", (*_PREFERENCE["cpu"], "cuda"))
-    simt().schedule(schedule, seed=0)
+    simt().schedule(schedule, seed)
     simt().imitate(**IMITATED)
     with backend("cuda"):
         yield torch.device("cpu")
