@@ -47,9 +47,9 @@ class CMakeBuild(build_ext):
             f"-DSWAG_KERNELS_CUDA={CUDA[asked]}",
         ]  # fmt: skip
         subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", build], check=True)
         for name in C_LIBRARY:
             (target.parent / name).unlink(missing_ok=True)  # of an earlier build with CUDA
+        subprocess.run(["cmake", "--build", build], check=True)
         subprocess.run(["cmake", "--install", build, "--prefix", target.parent.parent], check=True)
 
     def get_outputs(self) -> list[str]:

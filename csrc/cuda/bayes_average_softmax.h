@@ -60,11 +60,18 @@ __device__ __forceinline__ Piece piece_of_lanes(Piece piece, float top, int lane
   return piece;
 }
 
+// Of x >= 1, or NaN. The whole part is exact: as a multiple of the natural logarithm it would be off by more than the rest.
+__device__ __forceinline__ float log2(float x) {
+  const uint32_t exponent = core::bits(x) >> 23, whole = exponent - 127;
+  const float rest = core::log<uint32_t>(core::from_bits(core::bits(x) - (whole << 23)));
+  return x == x ? core::fma(rest, kLog2E, core::from_int(whole)) : x;
+}
+
 // Of a whole row. Without a finite maximum, or with a NaN, all its log-probabilities are NaN, of which class 0 is the first.
 __device__ __forceinline__ Row row_of(const Piece& piece) {
-  const float log_sum = core::log<uint32_t>(piece.sum) + (piece.max - piece.max);
-  return {piece.max, log_sum * kLog2E, core::softmax_entropy(piece.max, piece.sum, piece.weighted, log_sum),
-          log_sum == log_sum ? piece.first : 0};
+  const float undefined = piece.max - piece.max, log_sum = core::log<uint32_t>(piece.sum) + undefined;
+  return {piece.max, log2(piece.sum) + undefined,
+          core::softmax_entropy(piece.max, piece.sum, piece.weighted, log_sum), log_sum == log_sum ? piece.first : 0};
 }
 
 }  // namespace swag::cuda

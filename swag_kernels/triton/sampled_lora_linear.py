@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import cache
 from itertools import product
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear
 
+from swag_kernels.backend import select
 from swag_kernels.rows import rows_and_stride
 from swag_kernels.triton.launch import ON_AMD, kernel, on_device_of, options
 from swag_kernels.triton.plan import is_aligned
-from swag_kernels.triton.sampled_lora import sampled_lora_
 
 MAX_RANK = 32  # beyond, the product with A takes too much of each tile
 LEAST_ROWS = 32  # of a sample: rows of a tile have one A
@@ -170,7 +171,10 @@ def fastest(
         return tiles(device)[0]
     if torch.cuda.is_current_stream_capturing() or torch.are_deterministic_algorithms_enabled():
         return None
-    return _timed(device, dtype, samples, rows, out, features, rank, bias)
+    try:
+        return _timed(select(device), device, dtype, samples, rows, out, features, rank, bias)
+    except torch.OutOfMemoryError:  # of the tensors that are timed, which the two steps do not need
+        return None
 
 
 def tiles(device: torch.device) -> tuple[tuple[int, int], ...]:
@@ -180,9 +184,18 @@ def tiles(device: torch.device) -> tuple[tuple[int, int], ...]:
 
 @cache
 def _timed(
-    device: torch.device, dtype: torch.dtype, samples: int, rows: int, out: int, features: int, rank: int, bias: bool
+    kernels: ModuleType,
+    device: torch.device,
+    dtype: torch.dtype,
+    samples: int,
+    rows: int,
+    out: int,
+    features: int,
+    rank: int,
+    bias: bool,
 ) -> tuple[int, int] | None:
-    """By the medians of some alternating rounds, in which the fused kernel has to win by a margin."""
+    """By the medians of some alternating rounds, in which the fused kernel has to win by a margin over the layer and then
+    the update by the kernels of a back end."""
     rows = min(rows, max(LEAST_ROWS, MOST_TIMED // samples))
     shapes = (samples, rows, features), (out, features), (samples, rank, features), (samples, out, rank), (out,)
     own = torch.Generator(device)  # timing must not move anybody's random numbers
@@ -193,7 +206,7 @@ def _timed(
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         if tile is None:
-            sampled_lora_(x, A, B, 1.0, linear(x, weight, b))
+            kernels.sampled_lora_(x, A, B, 1.0, linear(x, weight, b))
         else:
             fused(x, weight, b, A, B, 1.0, tile)
         end.record()

@@ -88,9 +88,10 @@ __global__ void multiply(const uint32_t (*a)[4], const uint32_t (*b)[2], float (
 }
 
 // shared[i] = x[i]; lane l reads the row that begins at byte rows[l].
+template <bool Barrier>
 __global__ void transpose(const uint32_t* x, unsigned words, const int* rows, uint32_t (*found)[4]) {
   for (unsigned i = threadIdx.x; i < words; i += 32) shared_memory<uint32_t>()[i] = x[i];
-  __syncwarp();
+  if (Barrier) __syncwarp();
   load_matrices(found[threadIdx.x], shared_memory<char>() + rows[threadIdx.x]);
 }
 
@@ -203,8 +204,8 @@ const char* run_overrun(unsigned threads, unsigned past) { return run(overrun, {
 const char* run_multiply(bool half, const uint32_t (*a)[4], const uint32_t (*b)[2], float (*d)[4]) {
   return run(half ? multiply<float16> : multiply<bfloat16>, {1, 32}, a, b, d);
 }
-const char* run_transpose(const uint32_t* x, unsigned words, const int* rows, uint32_t (*found)[4]) {
-  return run(transpose, {1, 32, 4 * words}, x, words, rows, found);
+const char* run_transpose(bool barrier, const uint32_t* x, unsigned words, const int* rows, uint32_t (*found)[4]) {
+  return run(barrier ? transpose<true> : transpose<false>, {1, 32, 4 * words}, x, words, rows, found);
 }
 const char* run_exchange(bool stay, unsigned blocks, unsigned cluster, const float* x, float* found) {
   return run(stay ? exchange<true> : exchange<false>, {blocks, 64, 4, cluster}, x, cluster, found);

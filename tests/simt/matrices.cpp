@@ -5,8 +5,8 @@ namespace swag::cuda {
 void load_matrices(void* const* operands) {
   for (int lane = 0; lane < 32; ++lane)
     for (int matrix = 0; matrix < 4; ++matrix) {
-      const auto* row = static_cast<const char*>(static_cast<LoadMatrices*>(operands[8 * matrix + lane / 4])->row);
-      memcpy(&static_cast<LoadMatrices*>(operands[lane])->words[matrix], row + lane % 4 * 4, 4);
+      const auto& from = *static_cast<LoadMatrices*>(operands[8 * matrix + lane / 4]);
+      static_cast<LoadMatrices*>(operands[lane])->words[matrix] = from.row[lane % 4];
     }
 }
 

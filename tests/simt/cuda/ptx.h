@@ -67,14 +67,15 @@ void wait_for_copies() {
 
 struct LoadMatrices {
   uint32_t* words;
-  const void* row;
+  uint32_t row[4];
 };
 void load_matrices(void* const* operands);
 
 inline void load_matrices(uint32_t (&words)[4], const void* shared_row, int line = __builtin_LINE()) {
   simt::check_shared(shared_row, 16, "loads a matrix from");
   if (reinterpret_cast<uintptr_t>(shared_row) % 16) simt::fault("loads a row of a matrix from no multiple of 16 bytes");
-  LoadMatrices operand{words, shared_row};
+  LoadMatrices operand{words, {}};
+  memcpy(operand.row, shared_row, 16);  // before the other lanes have come: what they write is seen after a barrier alone
   simt::across_warp("load_matrices", line, &operand, load_matrices);
 }
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from gpu_device import DTYPES, assert_same_bits, trusted
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_collect import UNTOUCHED, assert_as_accurate_as_torch, in_reference, snapshots
-from gpu_device import DTYPES, assert_same_bits, trusted
 
 from swag_kernels import arena_size, backend, collect_, segment_table
 from swag_kernels.backend import select

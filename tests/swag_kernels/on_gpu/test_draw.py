@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from test_draw import held_elements, options, posterior
 
 from swag_kernels import arena_size, backend, draw, reference, segment_table
-from swag_kernels.triton.normal import box_muller as triton_box_muller
 
 NUMELS = [1500, 3, 0, 1025]
 

@@ -1,10 +1,10 @@
 import pytest
 import torch
+from gpu_device import DTYPES, trusted
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_sampled_lora import SCALING, SIZES, inputs, plain, plain_backward
 from tolerance import assert_as_accurate_as_torch
-from gpu_device import DTYPES, trusted
 
 from swag_kernels import sampled_lora
 from swag_kernels.reference import sampled_lora as exact_lora
