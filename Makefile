@@ -4,7 +4,8 @@ PYTHON ?= python3
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') CMakeLists.txt setup.py
 JOBS ?= 2
 GPU_JOBS ?= 8
-ON_TRITON := tests/swag_kernels/on_triton
+OPS := tests/swag_kernels
+NEED_NO_GPU := on_triton/test_ahead_of_time.py on_cuda/test_compiled.py on_cuda/test_sanitized.py on_cuda/test_simt.py
 FROM_SOURCE = PYTHONPATH=.:python$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON)
 
 .PHONY: demo test bench gpu gpu-build gpu-test gpu-memcheck gpu-bench lint clean
@@ -29,11 +30,11 @@ gpu-build:
 
 # In several processes, because Triton takes longer to compile the kernels' variants than the GPU to run them.
 gpu-test: gpu-build
-	$(FROM_SOURCE) -m pytest -n $(GPU_JOBS) --dist worksteal --ignore $(ON_TRITON)/test_ahead_of_time.py \
-		$(ON_TRITON) tests/swag_lora/test_capture.py
+	$(FROM_SOURCE) -m pytest -n $(GPU_JOBS) --dist worksteal $(NEED_NO_GPU:%=--ignore $(OPS)/%) \
+		$(OPS)/on_gpu $(OPS)/on_triton $(OPS)/on_cuda tests/swag_lora/test_capture.py
 
 gpu-memcheck: gpu-build
-	$(FROM_SOURCE) $(ON_TRITON)/memcheck.py
+	$(FROM_SOURCE) $(OPS)/on_gpu/memcheck.py
 
 gpu-bench: gpu-build
 	$(FROM_SOURCE) benchmarks/gpu.py

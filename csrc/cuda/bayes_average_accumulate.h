@@ -181,15 +181,15 @@ __device__ __forceinline__ void join(const Sums<N>& sums, const Weights& w, int 
   }
 }
 
-// One warp: what becomes of the mean entropy of `seen` samples with those of entropy_of(s).
+// One warp: what becomes of the mean entropy of `seen` samples with those of entropy_of(s). In float64, as on the CPU.
 template <class EntropyOf>
 __device__ __forceinline__ void average_entropy(float* mean, uint32_t seen, int samples, const EntropyOf& entropy_of) {
   const int lane = threadIdx.x % 32;
-  const float before = *mean;
-  float change = 0;
+  const double before = *mean;
+  double change = 0;
   for (int s = lane; s < samples; s += 32) change += entropy_of(s) - before;
-  change = warp_sum(change);
-  if (lane == 0) *mean = before + change / (static_cast<float>(seen) + static_cast<float>(samples));
+  for (int offset = 16; offset; offset /= 2) change += __shfl_xor_sync(kFullWarp, change, offset);
+  if (lane == 0) *mean = static_cast<float>(before + change / (static_cast<double>(seen) + samples));
 }
 
 }  // namespace swag::cuda

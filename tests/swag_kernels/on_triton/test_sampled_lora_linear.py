@@ -123,3 +123,19 @@ def test_the_choice(device):
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         assert module.fastest(*key) is None
     assert not module._timed.cache_info().currsize
+
+
+def test_the_two_steps_where_memory_does_not_suffice_for_timing(monkeypatch):
+    """And the call after it tries again."""
+
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("of the GPU")
+
+    key = torch.device("cuda"), torch.bfloat16, 4, 256, 512, 512, 8, True
+    monkeypatch.setattr(module, "select", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    monkeypatch.setattr(module, "_timed", out_of_memory)
+    assert module.fastest(*key) is None
+    monkeypatch.setattr(module, "_timed", lambda *_: module.TILES[0])
+    assert module.fastest(*key) == module.TILES[0]
