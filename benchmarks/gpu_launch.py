@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +14,9 @@ from swag_kernels import AverageState, arena_size, bayes_average_, collect_, cud
 from swag_kernels.backend import choose
 
 
-def launch_rows(device: torch.device, size: str = "Llama-3-8B r=16 all-linear", samples: int = 32) -> Iterator[Row]:
+def launch_rows(
+    device: torch.device, size: str = "Llama-3-8B r=16 all-linear", samples: int = 32, width: int = 4096
+) -> Iterator[Row]:
     if choose(device) != "cuda":
         return
     params = [torch.randn(shape, device=device) for shape in LORA_SIZES[size]]
@@ -23,7 +24,7 @@ def launch_rows(device: torch.device, size: str = "Llama-3-8B r=16 all-linear", 
     mean, std, m2 = torch.ones(3, arena_size(layout), device=device)
     count = torch.zeros((), dtype=torch.int64, device=device)
     state, logits = AverageState(32, 150, device=device), torch.randn(samples, 32, 150, device=device)
-    x, A, B, base = lora_inputs(device, samples, 1, 4096, 4096, 8)
+    x, A, B, base = lora_inputs(device, samples, 1, width, width, 8)
     scales = {"seed": 1, "diag_scale": 0.7, "low_rank_scale": 0.1}
     calls = {
         "collect_": (lambda: collect_(params, mean, m2, None, count, layout), 10e-6),
@@ -42,16 +43,20 @@ def launch_rows(device: torch.device, size: str = "Llama-3-8B r=16 all-linear", 
 
 
 def recorded_launches(call: Callable[[], object]) -> list[Callable[[], object]]:
-    """The launches that a call makes of CUDA kernels, to be made again."""
-    launch, launches = cuda._launch, []
+    """The launches that a call makes of CUDA kernels, to be made again into the same result, which they keep."""
+    launch, launches, results = cuda._launch, [], []
 
     def record(function: Callable[..., None], tensor: Tensor, *arguments: object) -> None:
-        launches.append(partial(launch, function, tensor, *arguments))
+        def again() -> object:
+            launch(function, tensor, *arguments)
+            return results
+
+        launches.append(again)
         launch(function, tensor, *arguments)
 
     cuda._launch = record
     try:
-        call()
+        results.append(call())
     finally:
         cuda._launch = launch
     return launches
