@@ -1,7 +1,8 @@
 """The rows of `make gpu` about launches: every op's launch is found, and can be made again."""
 
-import gpu_launch
 import torch
+
+import gpu_launch
 
 
 def test_launch_rows(device, monkeypatch):
