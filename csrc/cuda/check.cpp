@@ -16,6 +16,7 @@ constexpr int64_t kMost = INT32_MAX;
 constexpr int64_t kBlock = 1024;
 constexpr int64_t kMostArena = kBlock * kMost;  // of which a launch counts the blocks in 31 bits
 constexpr int64_t kMostRank = 64;               // of sampled_lora
+constexpr int64_t kMostFeatures = 1 << 30;      // of a layer, whose kernels count them in 31 bits beyond the last one
 constexpr int64_t kVector = 16;                 // bytes of the widest load
 
 std::string text(int64_t value) { return std::to_string(value); }
@@ -188,8 +189,9 @@ int check(const swag_sampled_lora_args* args) {
   const auto [samples, rows, in, out, rank] = std::tuple(args->samples, args->rows, args->in, args->out, args->rank);
   const int64_t item = itemsize(args->dtype), base_item = itemsize(args->base_dtype);
   Memory x{"x", args->x}, A{"A", args->A}, B{"B", args->B}, base{"base", args->base}, y{"y", args->y};
-  if (!is.within("samples", samples, 0, kMost) || !is.within("rows", rows, 0, kMost) || !is.within("in", in, 1, kMost) ||
-      !is.within("out", out, 0, kMost) || !is.within("rank", rank, 1, kMostRank) || !is.dtype("dtype", args->dtype) ||
+  if (!is.within("samples", samples, 0, kMost) || !is.within("rows", rows, 0, kMost) ||
+      !is.within("in", in, 1, kMostFeatures) ||
+      !is.within("out", out, 0, kMostFeatures) || !is.within("rank", rank, 1, kMostRank) || !is.dtype("dtype", args->dtype) ||
       !is.dtype("base_dtype", args->base_dtype))
     return SWAG_INVALID_ARGUMENT;
   if (!is.strided(x, samples, rows, in, args->stride_x, item) || !is.strided(A, samples, rank, in, args->stride_A, item) ||

@@ -1,5 +1,6 @@
 // Which kernel serves a call of sampled_lora, by shape, dtype and alignment.
 
+#include "cuda/error.h"
 #include "cuda/kernels.h"
 #include "cuda/sampled_lora.h"
 
@@ -45,6 +46,10 @@ int sampled_lora(const swag_sampled_lora_args& a, void* stream) {
                      static_cast<int>(ceil_div(in, kSlices * kStep)) * kStep,
                      a.scaling,
                      a.base_dtype};
+  // Of the kernel that takes most. Others have as many blocks for more rows.
+  if (const int64_t blocks = a.samples * ceil_div(a.rows, kRows) * 4; blocks > INT32_MAX)
+    return failed(SWAG_INVALID_ARGUMENT, "swag_sampled_lora: " + describe(p, a.samples) + " needs " + std::to_string(blocks) +
+                                             " blocks, more than a launch takes; pass fewer samples or rows at once");
   if (a.dtype == SWAG_FLOAT32) return launch_float32(p, a.samples, aligned(a), stream);
 
   const Device device;

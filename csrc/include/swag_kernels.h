@@ -74,7 +74,7 @@ typedef struct swag_sampled_lora_args {
   const void* B;    /* [samples, out, rank] */
   const void* base; /* [samples, rows, out] */
   void* y;          /* [samples, rows, out], without gaps; base itself if that has none, or memory of its own */
-  int64_t samples, rows, in, out; /* in at least 1 */
+  int64_t samples, rows, in, out; /* in at least 1, in and out at most 2^30 */
   int64_t rank; /* 1 to 64 */
   int64_t stride_x, stride_A, stride_B, stride_base;
   float scaling;

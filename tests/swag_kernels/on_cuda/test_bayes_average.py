@@ -94,7 +94,7 @@ def test_the_first_of_equal_logits_gets_the_vote(device, classes, dtype):
 @pytest.mark.parametrize("classes", [5000, 5001])
 def test_tiny_probabilities_and_excluded_classes(device, classes, dtype):
     """Those that only their logarithm can hold, those that are none in some or all samples, and rows with a whole part of them."""
-    logits = torch.randn(6, 6, classes)
+    logits = torch.randn(6, 10, classes)
     logits[:, 0, 100:200] -= 150
     logits[:, 0, 4000:] -= 70
     logits[:, 1, 64:1111], logits[:, 1, -1] = -torch.inf, -torch.inf

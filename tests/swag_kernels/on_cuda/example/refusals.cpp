@@ -171,7 +171,8 @@ void sampled_lora() {
   bad([](Args& a) { a.samples = -1; }, "samples is -1");
   bad([](Args& a) { a.rows = -1; }, "rows is -1");
   bad([](Args& a) { a.in = 0; }, "in is 0");
-  bad([](Args& a) { a.out = kInt + 1; }, "out is 2147483648");
+  bad([](Args& a) { a.in = (1 << 30) + 1; }, "in is 1073741825; it must lie in [1, 1073741824]");
+  bad([](Args& a) { a.out = (1 << 30) + 1; }, "out is 1073741825; it must lie in [0, 1073741824]");
   bad([](Args& a) { a.rank = 0; }, "rank is 0; it must lie in [1, 64]");
   bad([](Args& a) { a.rank = 65; }, "rank is 65");
   bad([](Args& a) { a.dtype = 3; }, "dtype is 3");
@@ -183,12 +184,18 @@ void sampled_lora() {
   bad([](Args& a) { a.stride_A = kHuge; }, "A would take");
   bad([](Args& a) { a.stride_x = kHuge / 2 + 1; }, "x would take");
   bad([](Args& a) { a.samples = 5, a.stride_B = kHuge / 2 + 1; }, "B would take");
-  bad([](Args& a) { a.samples = a.rows = a.out = kInt, a.stride_base = 0; }, "would take");
+  bad([](Args& a) { a.samples = a.rows = kInt, a.out = 1 << 30, a.stride_base = 0; }, "would take");
   bad([](Args& a) { a.y = address(0x40004); }, "y (192 bytes at 0x40004) overlaps base (192 bytes at 0x40000)");
   bad([](Args& a) { a.y = address(0x40000), a.stride_base = 25; }, "stride_base 25 is not rows * out = 24");
   bad([](Args& a) { a.y = address(0x40000), a.stride_base = 8; }, "stride_base 8 is not rows * out = 24");
   bad([](Args& a) { a.y = address(0x40000), a.stride_base = 0; }, "stride_base 0 is not rows * out = 24");
   bad([](Args& a) { a.y = address(0x10010); }, "overlaps x");
+  bad(
+      [](Args& a) {
+        a.samples = int64_t{1} << 29, a.rows = a.out = 1;
+        a.stride_x = a.stride_A = a.stride_B = a.stride_base = 0, a.y = address(int64_t{1} << 40);
+      },
+      "needs 2147483648 blocks, more than a launch takes");
   bad([](Args& a) { a.y = address(0x20010); }, "overlaps A");
   bad([](Args& a) { a.y = address(0x30010); }, "overlaps B");
 }
