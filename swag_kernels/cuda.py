@@ -141,8 +141,8 @@ def _collection(params: list[Tensor], arenas: list[Tensor], count: Tensor, layou
     )
 
 
-def _aligned(arena: Tensor) -> Tensor:
-    return arena if arena.data_ptr() % 16 == 0 else arena.clone()
+def _aligned(tensor: Tensor) -> Tensor:
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def draw(
@@ -261,7 +261,7 @@ def sampled_lora_backward(
 def bayes_average_(
     log_sum: Tensor, m2: Tensor, votes: Tensor, entropy: Tensor, count: Tensor, logits: Tensor, group: int
 ) -> None:
-    logits = logits.contiguous()
+    logits = _aligned(logits.contiguous())  # because sums go in another order where it is not
     (samples, batch, classes), dtype = logits.shape, _DTYPES[logits.dtype]
     needed = _kernels().cuda_bayes_average_workspace(dtype, samples, batch, classes, group)
     workspace = torch.empty(needed, dtype=torch.uint8, device=logits.device)

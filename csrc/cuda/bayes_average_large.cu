@@ -9,6 +9,7 @@
 
 #include "cuda/bayes_average_accumulate.h"
 #include "cuda/bayes_average_scan.h"
+#include "cuda/bayes_average_tile.h"
 #include "cuda/error.h"
 #include "cuda/launch.h"
 
@@ -93,60 +94,13 @@ __device__ __forceinline__ void scan(const LargeParams& p, uint32_t b, uint32_t 
   }
 }
 
-// A thread's classes of one tile.
-template <class T, bool aligned>
-struct Classes {
-  using Mine = Share<T, aligned, kThreads>;
-  static constexpr int size = Mine::size;
-  int first, classes;
-
-  __device__ __forceinline__ int at(int j) const { return first + j * Mine::step; }
-  __device__ __forceinline__ bool held(int j) const { return at(j) < classes; }
-
-  // Of classes that do not exist, others' logits. None is read again.
-  __device__ __forceinline__ void load(const T* row, Mine& logits) const {
-    if constexpr (aligned) {
-      const uint4 raw = __ldcs(reinterpret_cast<const uint4*>(row + min(first, classes - size)));
-      logits.words[0] = raw.x, logits.words[1] = raw.y, logits.words[2] = raw.z, logits.words[3] = raw.w;
-    } else {
-#pragma unroll
-      for (int j = 0; j < size; ++j) logits.words[j] = Mine::word_of(row[min(at(j), classes - 1)]);
-    }
-  }
-  __device__ __forceinline__ void load_state(const float* row, float (&values)[size]) const {
-    if constexpr (aligned) {
-#pragma unroll
-      for (int j = 0; j < size; j += 4) {
-        const Pack<float> pack = load_pack(row + min(first, classes - size) + j);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) values[j + k] = pack.elements[k];
-      }
-    } else {
-#pragma unroll
-      for (int j = 0; j < size; ++j) values[j] = row[min(at(j), classes - 1)];
-    }
-  }
-  __device__ __forceinline__ void store_state(float* row, const float (&values)[size]) const {
-    if constexpr (aligned) {
-      if (!held(0)) return;
-#pragma unroll
-      for (int j = 0; j < size; j += 4)
-        store_pack(row + first + j, Pack<float>{{values[j], values[j + 1], values[j + 2], values[j + 3]}});
-    } else {
-#pragma unroll
-      for (int j = 0; j < size; ++j)
-        if (held(j)) row[at(j)] = values[j];
-    }
-  }
-};
-
 // All samples of one tile of classes.
 template <class T, bool aligned>
 __device__ __forceinline__ void accumulate(const LargeParams& p, uint32_t b, uint32_t tile, uint32_t before, Shared& shared) {
   using Mine = Share<T, aligned, kThreads>;
   const AverageParams& a = p.average;
   const int thread = threadIdx.x, begin = static_cast<int>(tile) * Mine::all;
-  const Classes<T, aligned> own{begin + Mine::first(thread), a.classes};
+  const TileClasses<T, aligned, kThreads> own{begin + Mine::first(thread), a.classes};
   const T* const logits = row_of_logits<T>(a, 0, b);
   const int64_t stride = int64_t{a.batch} * a.classes;
 
@@ -169,7 +123,7 @@ __device__ __forceinline__ void accumulate(const LargeParams& p, uint32_t b, uin
   __syncthreads();
 
   const Row* const rows = p.rows + int64_t{b} * a.samples;
-  auto* const kept = reinterpret_cast<Sums<Mine::size>*>(votes + Mine::all) + thread;  // if there are more than kTerms
+  auto* const kept = reinterpret_cast<Sums<Mine::size>*>(votes + Mine::all) + thread;  // if samples come after kTerms
   Sums<Mine::size> sums{};
   for (int from = 0; from < a.samples; from += kTerms) {
     const int samples = min(kTerms, a.samples - from), padded = (samples + kRun - 1) / kRun * kRun;

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kMostShared = 96 << 10;  // that a block has on every GPU since sm_80
-constexpr int kBlockLogits = 4096;     // of several short rows in a block
+constexpr int kBlockLogits = 4096;     // of several short rows in a block; so few that their terms fit too
 constexpr int kLaneLogits = 16;        // of a row for each lane that shares it
 constexpr int kLoads = 4;              // of a thread under way at once
 

@@ -21,7 +21,7 @@ def test_the_last_row_that_fits_on_the_chip_and_the_first_that_does_not(device, 
         check(3 * torch.randn(samples, 4, classes + more), device=device)
 
 
-# S, B, C of short rows: as many to a block as it takes, one more, and one block that is not full; lanes that share a row.
+# S, B, C of short rows: as many to a block as it takes, one more, a block that is not full; lanes that share a row.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "sizes", [(32, 64, 2), (32, 65, 2), (5, 67, 16), (4, 67, 17), (9, 33, 33), (3, 33, 520)], ids=str
@@ -34,6 +34,7 @@ def test_several_rows_in_a_block(device, sizes, dtype):
 # S, B, C beside the runs of 8 samples, the 256 whose terms a block holds, the parts of 2048 and 4096 classes and their
 # quarters, the tiles of 512 and 1024; multiples of 8 classes, which are loaded 8 or 4 at once, and others.
 LARGE = [
+    (1, 4, 12_296),
     (2, 4, 8184),
     (2, 4, 8192),
     (2, 4, 8200),
@@ -93,7 +94,7 @@ def test_the_first_of_equal_logits_gets_the_vote(device, classes, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", [5000, 5001])
 def test_tiny_probabilities_and_excluded_classes(device, classes, dtype):
-    """Those that only their logarithm can hold, those that are none in some or all samples, and rows with a whole part of them."""
+    """Those that only their logarithm holds, those that are none in some or all samples, and whole parts of a row."""
     logits = torch.randn(6, 10, classes)
     logits[:, 0, 100:200] -= 150
     logits[:, 0, 4000:] -= 70
@@ -134,7 +135,9 @@ def test_undefined_long_rows_are_nan_and_leave_the_others_alone(device, classes,
     assert torch.equal(state.votes.cpu(), reference.votes)
 
 
-@pytest.mark.parametrize("sizes", [(16, 70, 3), (5, 9, 150), (4, 5, 5000), (4, 5, 5001), (600, 6, 40)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(16, 70, 3), (5, 9, 150), (1, 5, 12_300), (4, 5, 5000), (4, 5, 5001), (600, 6, 40)], ids=str
+)
 def test_bits_depend_on_no_other_row(device, sizes):
     """Whatever shares the block, and wherever the rows begin."""
     logits = 3 * torch.randn(sizes)

@@ -84,16 +84,6 @@ def test_nothing_outside_the_result_is_written(device):
     assert (guarded[:32] == 7).all() and (guarded[32 + 3 * 5 * 33 :] == 7).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_sample_s_bits_do_not_depend_on_the_others(device, dtype):
-    """Alone its chunks have programs of their own, among many they share one."""
-    S, M, features, out, r = 520, 1, 2100, 20, 12
-    x, A, B, base = (t.to(device) for t in inputs(S, M, features, out, r, dtype, x_samples=1))
-    whole = sampled_lora(x, A, B, SCALING, base.clone())
-    for chosen in (slice(7, 8), slice(500, 504)):
-        assert torch.equal(sampled_lora(x, A[chosen], B[chosen], SCALING, base[chosen].clone()), whole[chosen])
-
-
 def test_non_finite_values_stay_in_their_row(device):
     x, A, B, base = (t.to(device) for t in inputs(2, 4, 50, 40, 8))
     clean = sampled_lora(x, A, B, SCALING, base.clone())
