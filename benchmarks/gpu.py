@@ -83,6 +83,8 @@ def draw_rows(device: torch.device, size: str = LARGE) -> Iterator[Row]:
         return sample.addmv_(deviations.T, z, alpha=0.1).bfloat16()
 
     torch.testing.assert_close(ours(samples=2)[1:], ours(samples=1, first=1))
+    for other in by_others(ours, "draw", device).values():
+        torch.testing.assert_close(other(), ours())
     spread = (ours(samples=2)[0].float() - theirs().float()).std() / ours(samples=1).float().std()
     assert 0.3 < spread < 3, f"samples of another Gaussian: {spread}"
     for antithetic in (False, True):

@@ -1,14 +1,10 @@
 // Which kernel serves a call of bayes_average, by its sizes.
 
 #include "cuda/bayes_average_params.h"
+#include "cuda/device.h"
 #include "cuda/kernels.h"
 
 namespace swag::cuda {
-namespace {
-
-bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
-}  // namespace
 
 int bayes_average(const swag_bayes_average_args& a, void* stream) {
   const AverageParams p{a.logits,

@@ -16,6 +16,8 @@ struct alignas(16) Pack {
   T elements[size];
 };
 
+inline bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % sizeof(uint4) == 0; }
+
 template <class T>
 __device__ __forceinline__ Pack<T> load_pack(const T* p) {
   return *reinterpret_cast<const Pack<T>*>(p);

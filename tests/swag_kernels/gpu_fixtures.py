@@ -53,3 +53,13 @@ def served_by_cuda(simt, monkeypatch, schedule, seed):
     simt().imitate(**IMITATED)
     with backend("cuda"):
         yield torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """What torch.empty gives holds NaN, so that what a kernel leaves unwritten shows. On the CPU alone: there the mode asks
+    nothing else of torch."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(not ON_GPU)
+    yield
+    torch.use_deterministic_algorithms(before)
