@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
 from peft import PeftModel
@@ -11,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from .sample_axis import AxisReached
 from .twin import install, twin_of
 
 _CAPTURES = ("output_hidden_states", "output_attentions", "output_router_logits")
@@ -53,7 +55,7 @@ class SampledModel(nn.Module):
         core = peft_model.get_base_model() if isinstance(peft_model, PeftModel) else peft_model
         self._config = getattr(core, "config", None)
         self._takes_use_cache = hasattr(self._config, "use_cache") and _accepts(core, "use_cache")
-        self._axis, self._sampled = install(self.model, self._parameters_like, num_samples)
+        self._axis, self._boundary, self._sampled = install(self.model, self._parameters_like, num_samples)
         self.set_weights(weights)
 
     @property
@@ -83,6 +85,31 @@ class SampledModel(nn.Module):
         self._axis.num_samples = num_samples
         self._weights = weights
 
+    @property
+    def rows_computed(self) -> dict[str, int]:
+        """How many rows have gone through each module since construction, by the model's module names.
+
+        Rows that the samples share count once: after one pass over B examples a module ahead of all randomness has B,
+        one behind it S * B.
+        """
+        return dict(self._axis.computed)
+
+    @contextmanager
+    def same_batch(self) -> Iterator[None]:
+        """Within, every call is on one batch: what precedes the first random module runs in the first call alone.
+
+        For many passes over a batch, with `set_weights` between them. Kept are that part's outputs, for B rows, not
+        S * B. Where gradients are recorded nothing is kept.
+
+        Raises:
+            ValueError: by a call with other inputs than the first.
+        """
+        self._boundary.open()
+        try:
+            yield
+        finally:
+            self._boundary.close()
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.pop("adapter_names", None) is not None:
             raise ValueError("adapter_names cannot be combined with samples: activate one adapter with set_adapter")
@@ -90,8 +117,28 @@ class SampledModel(nn.Module):
             kwargs.setdefault("use_cache", False)
         asked = {name: kwargs.get(name) for name in _CAPTURES}
         captures = any(getattr(self._config, name, False) if value is None else value for name, value in asked.items())
-        args, kwargs = self._axis.enter(args, kwargs, share_prefix=not captures)
-        return self._axis.leave(self.model(*args, **kwargs))
+        axis, boundary = self._axis, self._boundary
+        fresh = boundary.enter(args, kwargs)
+        wide = axis.enter(args, kwargs, share_prefix=not captures)
+        if not (fresh and axis.mistakable and axis.can_scout(wide)):
+            return axis.leave(self.model(*wide[0], **wide[1]))
+        with nullcontext() if boundary.is_open else self.same_batch():
+            self._scout(args, kwargs)
+            boundary.enter(args, kwargs)
+            wide = axis.enter(args, kwargs, share_prefix=True)
+            return axis.leave(self.model(*wide[0], **wide[1]))
+
+    def _scout(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Run what precedes the first random module with a number of samples that leaves no doubt which rows are whose."""
+        axis, samples = self._axis, self._axis.num_samples
+        axis.num_samples, axis.scouting = axis.unmistakable(), True
+        try:
+            wide = axis.enter(args, kwargs, share_prefix=True)
+            self.model(*wide[0], **wide[1])
+        except AxisReached:
+            pass
+        finally:
+            axis.num_samples, axis.scouting = samples, False
 
     def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from transformers.cache_utils import Cache
+
+from .shared_rows import SharedRows, repeat, share
 
 _BATCH_FIRST = (
     "input_ids",
@@ -23,12 +28,19 @@ _NOT_BATCHED = frozenset({"cache_position"})
 _PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens"})
 
 
-def _repeat(tensor: Tensor, times: int) -> Tensor:
-    return tensor.repeat(times, *[1] * (tensor.dim() - 1))
-
-
 def _is_opaque(value: object) -> bool:
     return value is not None and not isinstance(value, (Tensor, bool, int, float, str, torch.dtype, torch.device))
+
+
+@dataclass(frozen=True)
+class OneCopy:
+    """A tensor of b rows that stands for S * b."""
+
+    rows: Tensor
+
+
+class AxisReached(Exception):
+    """A pass that only looks at what precedes the first random module has come to it."""
 
 
 class SampleAxis:
@@ -40,24 +52,32 @@ class SampleAxis:
     sample after the other, ``lane`` is the sample whose b rows are passing through.
 
     Whether a tensor is batch-leading shows in its shape alone, so every shortcut is taken only where no other size
-    in sight could be mistaken for the number of rows; running all rows is always right.
+    in sight could be mistaken for the number of rows; running all rows is always right. Where S * b is such a size
+    (``mistakable``), a pass with another number of samples can look first: ``scouting``, it ends at the first random
+    module.
 
     Args:
         tables: sizes that tensors without a batch may have in this model (embedding tables, loose parameters).
+        features: sizes of the parameters that are not random.
+
+    ``computed`` counts by module how many rows have passed through it; rows that samples share count once.
     """
 
-    def __init__(self, num_samples: int, tables: frozenset[int] = frozenset()) -> None:
+    def __init__(self, num_samples: int, tables: tuple[int, ...] = (), features: tuple[int, ...] = ()) -> None:
         self.num_samples = num_samples
-        self._tables = tables
-        self._reset(0, 0, frozenset())
+        self.computed: Counter[str] = Counter()
+        self.scouting = False
+        self._tables, self._features = tables, features
+        self._reset(0, 0)
 
-    def _reset(self, batch: int, rows: int, sizes: frozenset[int]) -> None:
+    def _reset(self, batch: int, rows: int) -> None:
         self.begun = False
         self.lane: int | None = None
         self._batch = batch
         self._rows = rows
-        self._sizes = sizes
+        self._sizes: tuple[int, ...] = ()  # no sets of sizes: to hash a size is to compile for it alone
         self._share_prefix = False
+        self.mistakable = False
 
     def enter(self, args: tuple, kwargs: dict[str, Any], share_prefix: bool) -> tuple[tuple, dict[str, Any]]:
         """Start a forward: every batch-leading tensor of the call, ``[B, ...]``, becomes ``[S * B, ...]``.
@@ -78,17 +98,25 @@ class SampleAxis:
         packed = _PACKED & kwargs.keys()
         if packed:
             raise ValueError(f"packed sequences ({min(packed)}) have no batch axis: pad the batch instead")
-        self._reset(batch, batch * _choices(kwargs), frozenset())
+        self._reset(batch, batch * _choices(kwargs))
         args = tuple(self._enter_value(value, f"positional argument {i}") for i, value in enumerate(args))
         kwargs = {name: self._enter_value(value, name) for name, value in kwargs.items()}
 
-        self._sizes = frozenset(
+        self._sizes = tuple(
             size for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor) for size in v.shape[1:]
         )
-        known, total = self._sizes | self._tables, self.num_samples * self._rows
-        confusable = total in known or any(size % total == 0 and size // total in known for size in known)
-        self._share_prefix = share_prefix and self.num_samples > 1 and not confusable
+        self._share_prefix = share_prefix
+        self.mistakable = share_prefix and self.num_samples > 1 and self._is_mistakable(self.num_samples)
         return args, kwargs
+
+    def _is_mistakable(self, num_samples: int) -> bool:
+        known, total = self._sizes + self._tables, num_samples * self._rows
+        among_known = total in known or any(size % total == 0 and size // total in known for size in known)
+        return among_known or total in self._features
+
+    def unmistakable(self) -> int:
+        """The smallest number of samples, at least 2, whose rows are no other size."""
+        return next(n for n in itertools.count(2) if not self._is_mistakable(n))
 
     def _enter_value(self, value: Any, name: str) -> Any:
         if name in _NOT_BATCHED or isinstance(value, Cache):
@@ -101,21 +129,21 @@ class SampleAxis:
                     f"{name} has leading size {len(value)}, the batch has {self._batch} examples: "
                     "every tensor must lead with the batch axis or with 1"
                 )
-            return _repeat(value, self.num_samples)
+            return repeat(value, self.num_samples)
 
-        def repeat(v: Any) -> Any:
+        def widened(v: Any) -> Any:
             batched = isinstance(v, Tensor) and v.dim() > 0 and len(v) == self._batch
-            return _repeat(v, self.num_samples) if batched else v
+            return repeat(v, self.num_samples) if batched else v
 
-        return tree_map(repeat, value)
+        return tree_map(widened, value)
 
     def leave(self, output: Any) -> Any:
         """Give every batch-leading tensor of the output its sample axis: ``[S * n, ...]`` becomes ``[S, n, ...]``.
 
         Rows are S * B, S * b, or S * b tokens flattened together (router logits). Scalars and caches stay as they are.
         """
-        batch_rows = {self.num_samples * self._batch, self.num_samples * self._rows}
-        token_rows = {self.num_samples * self._rows * size for size in self._sizes}
+        batch_rows = (self.num_samples * self._batch, self.num_samples * self._rows)
+        token_rows = tuple(self.num_samples * self._rows * size for size in self._sizes)
 
         def split(value: Any) -> Any:
             if not isinstance(value, Tensor) or value.dim() == 0:
@@ -135,18 +163,25 @@ class SampleAxis:
         Raises:
             ValueError: the rows of `x` cannot be told apart by sample.
         """
-        if self.lane is not None or self.num_samples == 1 or (x.dim() > 1 and len(x) == 1):
-            self.begun = True
-            return x.unsqueeze(0)
-        self._check_rows(x, name)
-        x = x.unflatten(0, (self.num_samples, -1))
-        if not self.begun:
-            self.begun = True
-            return x[:1]
+        if self.scouting:
+            raise AxisReached
+        begun, self.begun = self.begun, True
+        if isinstance(x, SharedRows) and x.rows is not None:
+            x = x.rows.unsqueeze(0)
+        elif self.lane is not None or self.num_samples == 1 or (x.dim() > 1 and len(x) == 1):
+            x = x.unsqueeze(0)
+        else:
+            self._check_rows(x, name)
+            x = x.unflatten(0, (self.num_samples, -1))[: None if begun else 1]
+        self.count(name, x.shape[0] * x.shape[1])
         return x
 
+    def count(self, name: str, rows: int) -> None:
+        if not torch.compiler.is_compiling():
+            self.computed[name] += rows
+
     def _check_rows(self, x: Tensor, name: str) -> None:
-        total, known = self.num_samples * self._rows, self._sizes | self._tables
+        total, known = self.num_samples * self._rows, self._sizes + self._tables
         lead = len(x) if x.dim() else 0
         if lead == total:
             time_major = x.dim() > 2 and x.shape[1] == lead and x.stride(0) < x.stride(1)
@@ -181,45 +216,76 @@ class SampleAxis:
     def narrow(self, call: Any) -> tuple[Any, int] | None:
         """One copy of the rows of a call's arguments and their number, or None where all rows have to run.
 
-        Tensors with S * b leading rows are cut. All others must certainly have no batch: a scalar, leading size 1, a
-        size known from the inputs or the model's tables, or no multiple of S * b. Whatever cannot be looked into
-        (a cache, a mask object, a row count given as an integer) keeps all rows. Where b equals another size, so that
-        the output's batch could not be told from it, the rows are a small multiple of b.
+        `SharedRows` say themselves that all samples have them. Until the axis has begun, plain tensors with S * b leading
+        rows are cut too. All others must certainly have no batch: a scalar, leading size 1, a size known from the inputs
+        or the model's tables, or no multiple of S * b. Whatever cannot be looked into (a cache, a mask object, a row
+        count given as an integer) keeps all rows. Where b equals another size, so that the output's batch could not be
+        told from it, the rows are a small multiple of b.
         """
-        if not self._share_prefix or self.begun:
+        if not self._share_prefix:
             return None
         total = self.num_samples * self._rows
         leaves, spec = tree_flatten(call)
         if any(_is_opaque(v) or (type(v) is int and v == total) for v in leaves):
             return None
         tensors = [v for v in leaves if isinstance(v, Tensor) and v.dim() > 0]
-        inner = {size for v in tensors for size in v.shape[1:]}
-        known = self._sizes | self._tables
-        certain = all(len(v) in (1, total) or len(v) in known or len(v) % total for v in tensors)
-        if total in inner or not certain or all(len(v) != total for v in tensors):
+        shared = [v for v in tensors if isinstance(v, SharedRows) and v.rows is not None]
+        plain = [v for v in tensors if all(v is not s for s in shared)]
+        if self.begun and (not shared or any(len(v) == total for v in plain)):
             return None
+        inner = tuple(size for v in tensors for size in v.shape[1:])
+        known = self._sizes + self._tables
         rows = self._rows
-        while rows > 1 and rows in known | inner:
-            rows += self._rows
-        if rows >= total:
-            return None
-        cut = [v[:rows] if isinstance(v, Tensor) and v.dim() > 0 and len(v) == total else v for v in leaves]
-        return tree_unflatten(cut, spec), rows
+        if self.num_samples > 1:
+            if self.mistakable or total in inner:
+                certain = all(len(v) == 1 or len(v) % total for v in plain)
+            else:
+                certain = all(len(v) in (1, total) or len(v) in known or len(v) % total for v in plain)
+            if not certain or all(len(v) != total for v in tensors):
+                return None
+            while rows > 1 and rows in known + inner:
+                rows += self._rows
+            if rows >= total:
+                return None
 
-    def widen(self, output: Any, rows: int) -> Any | None:
-        """Repeat the output of a module narrowed to `rows` for all S * b rows; None where its rows are in doubt."""
+        def cut(v: Any) -> Any:
+            if not isinstance(v, Tensor) or v.dim() == 0 or len(v) != total:
+                return v
+            if isinstance(v, SharedRows) and v.rows is not None:
+                return v.rows if len(v.rows) == rows else repeat(v.rows, rows // self._rows)
+            return v[:rows]
+
+        return tree_unflatten([cut(v) for v in leaves], spec), rows
+
+    def can_scout(self, call: Any) -> bool:
+        """Whether a pass that is broken off leaves no trace: neither in a graph of gradients nor in a cache."""
+        traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        return not traced and not any(_is_opaque(v) for v in tree_flatten(call)[0])
+
+    def rows_in(self, call: Any) -> int:
+        """S * b where a call has batch-leading tensors, else 0."""
+        total = self.num_samples * self._rows
+        leaves = tree_flatten(call)[0]
+        return total if any(isinstance(v, Tensor) and v.dim() > 0 and len(v) == total for v in leaves) else 0
+
+    def one_copy(self, output: Any, rows: int) -> Any | None:
+        """The output of a module narrowed to `rows`, its batch-leading tensors as `OneCopy`; None where they are in doubt."""
         leaves, spec = tree_flatten(output)
         if any(_is_opaque(v) for v in leaves):
             return None
-        wide = []
+        few = []
         for value in leaves:
             if isinstance(value, Tensor) and value.dim() > 0:
                 if len(value) == rows:
-                    value = _repeat(value[: self._rows], self.num_samples)
-                elif len(value) > 1 and len(value) % rows == 0:
+                    value = OneCopy(value[: self._rows])
+                elif self.num_samples > 1 and len(value) > 1 and len(value) % rows == 0:
                     return None
-            wide.append(value)
-        return tree_unflatten(wide, spec)
+            few.append(value)
+        return tree_unflatten(few, spec)
+
+    def widen(self, output: Any) -> Any:
+        """What `one_copy` gave, for all S * b rows."""
+        return tree_map(lambda v: share(v.rows, self.num_samples) if isinstance(v, OneCopy) else v, output)
 
 
 def _choices(kwargs: Mapping[str, Any]) -> int:

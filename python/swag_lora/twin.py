@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import GenerationConfig, PretrainedConfig
 
+from .prefix import Boundary, Prefix
 from .sample_axis import SampleAxis
 from .sampled_modules import SampledModule, sampled_leaf, sampled_lora_module
 
@@ -45,11 +46,12 @@ def _to_share(value: object) -> Iterator[object]:
 
 def install(
     twin: nn.Module, parameters: Mapping[str, nn.Parameter], num_samples: int
-) -> tuple[SampleAxis, list[tuple[SampledModule, dict[str, str]]]]:
+) -> tuple[SampleAxis, Boundary, list[tuple[SampledModule, dict[str, str]]]]:
     """Give the twin's modules their sampled forwards.
 
     Returns:
-        The axis they share, and each sampled module with ``{its own parameter name: name in the weights}``.
+        The axis they share, what is kept from before it, and each sampled module with ``{its own parameter name: name
+        in the weights}``.
     """
     random = {id(parameter): name for name, parameter in parameters.items()}
     holders = _holders(twin, random)
@@ -58,7 +60,8 @@ def install(
     prefixes = list(_prefixes(twin, containers, {id(m) for _, m, _ in holders if isinstance(m, BaseTunerLayer)}, set()))
     loose = [m for m in twin.modules() if id(m) in containers - random_modules]
     loose += [m for m in (*prefixes, *(m for _, m, _ in holders)) if isinstance(m, nn.Embedding)]
-    axis = SampleAxis(num_samples, _sizes(loose))
+    features = {size for p in twin.parameters() if id(p) not in random for size in p.shape}
+    axis = SampleAxis(num_samples, _sizes(loose), tuple(sorted(features)))
 
     sampled: list[tuple[SampledModule, dict[str, str]]] = []
     for name, module, own in holders:
@@ -75,12 +78,14 @@ def install(
             form = sampled_leaf(axis, name, module, names)
         module.forward = form.forward
         sampled.append((form, own))
+    names_of = {id(module): name for name, module in twin.named_modules()}
+    boundary = Boundary()
     for module in prefixes:
-        module.forward = _Prefix(axis, module).forward
+        module.forward = Prefix(axis, boundary, names_of[id(module)], module).forward
     for module in twin.modules():
         if _needs_lanes(module, containers):
             module.forward = _Lanes(axis, module, _DEBERTA_BATCHED).forward
-    return axis, sampled
+    return axis, boundary, sampled
 
 
 def _holders(twin: nn.Module, random: Mapping[int, str]) -> list[tuple[str, nn.Module, dict[str, str]]]:
@@ -119,14 +124,15 @@ def _prefixes(module: nn.Module, containers: set[int], skipped: set[int], seen: 
             yield child
 
 
-def _sizes(modules: list[nn.Module]) -> frozenset[int]:
+def _sizes(modules: list[nn.Module]) -> tuple[int, ...]:
     """Sizes of the tensors these modules hold: tables and loose parameters may pass between modules without a batch."""
-    return frozenset(
+    sizes = {
         size
         for module in modules
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
         for size in tensor.shape
-    )
+    }
+    return tuple(sorted(sizes))
 
 
 def _needs_lanes(module: nn.Module, containers: set[int]) -> bool:
@@ -141,23 +147,6 @@ def _needs_lanes(module: nn.Module, containers: set[int]) -> bool:
     elif type(module).__name__ == "DebertaV2Encoder":
         parts = ("LayerNorm",)
     return any(id(getattr(module, part, None)) in containers for part in parts)
-
-
-class _Prefix:
-    """Forward of a module without random weights: one copy of the rows while nothing random has run yet."""
-
-    def __init__(self, axis: SampleAxis, module: nn.Module) -> None:
-        self._axis = axis
-        self._inner = module.forward
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        narrow = self._axis.narrow((args, kwargs))
-        if narrow is not None:
-            (few_args, few_kwargs), rows = narrow
-            wide = self._axis.widen(self._inner(*few_args, **few_kwargs), rows)
-            if wide is not None:
-                return wide
-        return self._inner(*args, **kwargs)
 
 
 class _Lanes:
