@@ -111,8 +111,8 @@ class SampleAxis:
 
     def _is_mistakable(self, num_samples: int) -> bool:
         known, total = self._sizes + self._tables, num_samples * self._rows
-        among_known = total in known or any(size % total == 0 and size // total in known for size in known)
-        return among_known or total in self._features
+        among_known = total in known or any(total * length in known for length in known)
+        return among_known or (not torch.compiler.is_compiling() and total in self._features)
 
     def unmistakable(self) -> int:
         """The smallest number of samples, at least 2, whose rows are no other size."""
