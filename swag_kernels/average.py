@@ -53,6 +53,38 @@ class AverageState:
     def num_samples(self) -> int:
         return int(self.count)
 
+    def merge_(self, other: AverageState) -> None:
+        """Take in the samples of another state, which come after this one's (Chan et al. 1979, eq. 2.1, for m2).
+
+        In this state's dtype and in this order of operations: states merged in one order have one set of bits, whoever
+        computed them.
+
+        Raises:
+            ValueError: other rows, classes or grouping of samples.
+        """
+        mine, theirs = ((s.batch, s.num_classes, s.antithetic) for s in (self, other))
+        if mine != theirs:
+            raise ValueError(f"states of (batch, num_classes, antithetic) {mine} and {theirs} have nothing in common")
+        seen, more = self.num_samples, other.num_samples
+        if not more:
+            return
+        if seen:
+            shift = other.log_sum.to(self.dtype).exp() / more - self.log_sum.exp() / seen
+            self.m2 += shift.square_().mul_(seen * more / ((seen + more) * self.group))
+        self.m2 += other.m2
+        self.log_sum.copy_(torch.logaddexp(self.log_sum, other.log_sum.to(self.dtype)))
+        self.votes += other.votes
+        self.mean_entropy += (other.mean_entropy - self.mean_entropy) * (more / (seen + more))
+        self.count += other.count
+
+    def select(self, rows: Tensor) -> AverageState:
+        """A new state of some rows (their indices, ``[n]``), with all samples seen so far."""
+        chosen = AverageState(len(rows), self.num_classes, self.device, self.antithetic, self.dtype)
+        for name in ("log_sum", "m2", "votes", "mean_entropy"):
+            setattr(chosen, name, getattr(self, name)[rows])
+        chosen.count = self.count.clone()
+        return chosen
+
     def log_probs(self) -> Tensor:
         """``log (1/S Σ_s p_s)``, ``[B, C]``: the log of the mean of softmax, never the softmax of a mean."""
         return self.log_sum - math.log(self._samples())

@@ -211,3 +211,27 @@ def test_compiles_without_a_graph_break():
 
     out = torch.compile(step, fullgraph=True, backend="aot_eager")(logits)
     assert torch.equal(out, stream(2 * logits).log_sum.exp()) and state.num_samples == 4
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_merged_states_are_the_state_of_all_samples(antithetic):
+    logits = 3 * torch.randn(18, 5, 7, dtype=torch.float64)
+    whole, merged = (AverageState(5, 7, antithetic=antithetic, dtype=torch.float64) for _ in range(2))
+    bayes_average_(whole, logits)
+    for part in logits.split([4, 2, 12]):
+        block = AverageState(5, 7, antithetic=antithetic, dtype=torch.float64)
+        bayes_average_(block, part)
+        merged.merge_(block)
+    merged.merge_(AverageState(5, 7, antithetic=antithetic))
+    for name in ("log_sum", "m2", "votes", "mean_entropy", "count"):
+        torch.testing.assert_close(getattr(merged, name), getattr(whole, name), rtol=1e-12, atol=1e-13)
+    rows = torch.tensor([4, 1])
+    chosen = merged.select(rows)
+    assert torch.equal(chosen.std_error(), merged.std_error()[rows]) and chosen.num_samples == 18
+    bayes_average_(chosen, logits[:, rows])
+    assert merged.num_samples == 18, "a selection is a copy"
+
+
+def test_states_that_do_not_merge():
+    with pytest.raises(ValueError, match="nothing in common"):
+        AverageState(5, 7).merge_(AverageState(5, 7, antithetic=True))
