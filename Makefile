@@ -49,7 +49,7 @@ $(VENV)/.built: pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $$(grep '^torch==' constraints.txt)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,data,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,data,plots,dev]'
 	touch $@
 
 clean:

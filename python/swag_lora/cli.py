@@ -1,4 +1,4 @@
-"""The command `swag-lora`: demo, fit, evaluate, info."""
+"""The command `swag-lora`: demo, fit, evaluate, bench, info."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
+
+from . import bench_cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,6 +101,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     tables.show(result, f"{arguments.folder} on {dataset.name}", caption, arguments.json)
 
 
+def _bench(arguments: argparse.Namespace) -> None:
+    _check_json(arguments.json)
+    bench_cli.run(arguments)
+
+
 def _info(arguments: argparse.Namespace) -> None:
     if arguments.folder is None:
         from swag_kernels import info
@@ -155,6 +162,11 @@ def _parser() -> argparse.ArgumentParser:
     _sampling(evaluate)
     _seed_and_json(evaluate)
     evaluate.set_defaults(run=_evaluate)
+
+    bench = commands.add_parser("bench", help="time each way to average K samples, over K, batch and sequence length")
+    bench_cli.arguments(bench)
+    _seed_and_json(bench)
+    bench.set_defaults(run=_bench)
 
     info = commands.add_parser("info", help="what is installed, or what a posterior folder holds")
     info.add_argument("folder", nargs="?")
