@@ -7,19 +7,18 @@ import json
 import os
 import shutil
 import uuid
-import warnings
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
 from peft import PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from .layout import Layout, find_parameter, lora_stems
+from .layout import lora_stems
+from .processes import together, write_once
+from .sharding import require_whole
 
 if TYPE_CHECKING:
     from .posterior import SwagPosterior
@@ -29,19 +28,18 @@ KIND = "swag_lora.posterior"
 VERSION = "1"
 
 
-@dataclass(frozen=True)
-class SavedPosterior:
-    """What `load` found, checked against the model: ``deviations`` has the min(count, rank) rows held."""
-
-    layout: Layout
-    rank: int
-    var_clamp: float
-    device: torch.device
-    tensors: dict[str, Tensor]
-
-
 def save(posterior: SwagPosterior, folder: str | os.PathLike[str]) -> None:
+    """Write ``posterior`` to ``folder`` from one process of those that hold it, see `SwagPosterior.save_pretrained`."""
+    if posterior.replicated:
+        write_once(lambda: write(posterior, folder), f"{Path(folder).absolute()} at collection {int(posterior.count)}")
+    else:
+        write(posterior, folder)
+
+
+def write(posterior: SwagPosterior, folder: str | os.PathLike[str]) -> None:
     """Write ``posterior`` to ``folder``, made if need be; files of other names in it are left alone.
+
+    Every rank calls for a sharded posterior, and one writes. Otherwise it is this process that writes.
 
     ======================================  =================================================================
     ``adapter_config.json``, ``README.md``  as PEFT writes them
@@ -53,16 +51,28 @@ def save(posterior: SwagPosterior, folder: str | os.PathLike[str]) -> None:
     Everything is written and synced under another name first. A new folder then appears in one rename. In a folder
     that exists, each file is replaced in one step and the posterior last: a save killed at any moment leaves the old
     posterior or the new one, whole. Killed between the two steps it leaves the new adapter with the old posterior,
-    which `load` reports.
+    which `checkpoint_load.load` reports.
 
     Raises:
-        RuntimeError: nothing collected yet.
+        RuntimeError: nothing collected yet, or the ranks hold different numbers of collections.
         ValueError: ``folder`` is a file, several adapters were active, or a parameter is gone from the model.
     """
     folder = Path(folder)
+    if posterior.sharding is None:
+        _write(posterior, posterior.state_dict(), _weights(posterior), folder)
+        return
+    state = posterior.sharding.gather_state(posterior.state_dict(), everywhere=False)
+    weights = _weights(posterior)
+    with together(posterior.sharding.mesh):
+        if state:
+            _write(posterior, state, weights, folder)
+
+
+def _write(posterior: SwagPosterior, state: dict[str, Tensor], weights: dict[str, Any], folder: Path) -> None:
     if folder.is_file():
         raise ValueError(f"{folder} is a file: a posterior is saved to a folder")
-    mean = posterior.mean_state_dict()
+    if not int(state["count"]):
+        raise RuntimeError("nothing collected yet: call collect() before save_pretrained()")
     fresh = not folder.exists()
     home = folder.parent if fresh else folder
     staging = home / f".{folder.name}.{uuid.uuid4().hex}.partial"
@@ -70,14 +80,12 @@ def save(posterior: SwagPosterior, folder: str | os.PathLike[str]) -> None:
     try:
         if (folder / "README.md").exists():
             shutil.copy(folder / "README.md", staging)
-        _write_adapter(posterior, mean, staging)
-        _write_posterior(posterior, staging)
+        _write_adapter(posterior, state["mean"], weights, staging)
+        _write_posterior(posterior, state, staging)
         files = sorted(staging.iterdir(), key=lambda file: file.name == POSTERIOR_NAME)
         for path in (*files, staging):
             _sync(path)
-        if fresh:
-            os.rename(staging, folder)
-        else:
+        if not (fresh and _renamed(staging, folder)):
             for file in files:
                 os.replace(file, folder / file.name)
         _sync(home)
@@ -85,57 +93,61 @@ def save(posterior: SwagPosterior, folder: str | os.PathLike[str]) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def load(model: nn.Module, folder: str | os.PathLike[str]) -> SavedPosterior:
-    """Read the posterior in ``folder`` and check it against ``model``; see `SwagPosterior.from_pretrained`.
-
-    Warns:
-        RuntimeWarning: the adapter in the folder is not the one saved with this posterior.
-    """
-    folder = Path(folder)
-    path = folder / POSTERIOR_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"no posterior in {folder}: it has no {POSTERIOR_NAME}")
+def _renamed(staging: Path, folder: Path) -> bool:
+    """Whether ``staging`` now is ``folder``; False if another process has made that folder meanwhile."""
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            _check_kind(path, metadata)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
-    try:
-        layout = Layout.from_json(metadata["layout"])
-        rank, var_clamp = int(metadata["rank"]), float(metadata["var_clamp"])
-        fixed = set(json.loads(metadata["fixed"]))
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{path} has damaged metadata: {error}") from error
-    _check_tensors(path, tensors, layout.size, rank)
-    device = _check_model(path, model, layout, fixed)
-    adapter = folder / SAFETENSORS_WEIGHTS_NAME
-    if metadata["adapter_sha256"] and metadata["adapter_sha256"] != _sha256(adapter):
-        warnings.warn(
-            f"{adapter} is not the adapter that {POSTERIOR_NAME} was saved with: it was changed, or a save was "
-            "interrupted. The posterior is whole; tensors outside it (if any) may come from another time.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    return SavedPosterior(layout, rank, var_clamp, device, tensors)
+        os.rename(staging, folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        return False
+    return True
 
 
-def _write_adapter(posterior: SwagPosterior, mean: dict[str, Tensor], staging: Path) -> None:
-    model = posterior.model
-    if not isinstance(model, PeftModel):
-        return
+def _adapter(posterior: SwagPosterior) -> str | None:
+    """The adapter to save, None if the model has none."""
+    if not isinstance(posterior.model, PeftModel):
+        return None
     if len(posterior.adapters) != 1:
         raise ValueError(
             f"one adapter can be saved with a posterior, {len(posterior.adapters)} were active when it was made: "
             f"{', '.join(posterior.adapters)}"
         )
-    (adapter,) = posterior.adapters
+    return posterior.adapters[0]
+
+
+def _weights(posterior: SwagPosterior) -> dict[str, Any]:
+    """The model's state dict, the values being its own parameters.
+
+    Of a sharded model, those that belong to the adapter and are not random are gathered, which every rank has to call.
+    """
+    model, adapter = posterior.model, _adapter(posterior)
+    if adapter is None:
+        return {}
+    state: dict[str, Any] = model.state_dict(keep_vars=True)
+    if posterior.sharding is None:
+        require_whole(posterior.layout.names, posterior.layout.parameters(model))
+    else:
+        saved = {id(value) for value in get_peft_model_state_dict(model, state, adapter).values()}
+        saved -= set(map(id, posterior.layout.parameters(model)))
+        for name, value in state.items():
+            if isinstance(value, DTensor) and id(value) in saved:
+                state[name] = value.full_tensor().detach()
+    return state
+
+
+def _write_adapter(posterior: SwagPosterior, mean: Tensor, weights: dict[str, Any], staging: Path) -> None:
+    model, adapter = posterior.model, _adapter(posterior)
+    if not isinstance(model, PeftModel) or adapter is None:
+        return
+    views = posterior.layout.views(mean).values()
     # By identity, for a tied parameter has several names in the state dict and one in the posterior.
-    means = {id(p): mean[name] for name, p in zip(mean, posterior.layout.parameters(model), strict=True)}
+    means = {
+        id(p): view.to(p.dtype, copy=True) for p, view in zip(posterior.layout.parameters(model), views, strict=True)
+    }
     state = {
         name: means.get(id(value), value.detach() if isinstance(value, Tensor) else value)
-        for name, value in model.state_dict(keep_vars=True).items()
+        for name, value in weights.items()
     }
     model.save_pretrained(str(staging), selected_adapters=[adapter], state_dict=state)
     nested = staging / adapter
@@ -145,7 +157,7 @@ def _write_adapter(posterior: SwagPosterior, mean: dict[str, Tensor], staging: P
         nested.rmdir()
 
 
-def _write_posterior(posterior: SwagPosterior, staging: Path) -> None:
+def _write_posterior(posterior: SwagPosterior, state: dict[str, Tensor], staging: Path) -> None:
     stems = lora_stems(posterior.model)
     random = set(posterior.layout.names)
     lora = {name for name, _ in posterior.model.named_parameters() if f"{name}.".startswith(stems)}
@@ -157,56 +169,14 @@ def _write_posterior(posterior: SwagPosterior, staging: Path) -> None:
         "rank": str(posterior.rank),
         "var_clamp": repr(posterior.var_clamp),
         "fixed": json.dumps(sorted(lora - random)),
-        "adapter_sha256": _sha256(staging / SAFETENSORS_WEIGHTS_NAME),
+        "adapter_sha256": sha256(staging / SAFETENSORS_WEIGHTS_NAME),
     }
-    held = min(int(posterior.count), posterior.rank)
-    tensors = {**posterior.state_dict(), "deviations": posterior.deviations[:held]}
+    tensors = {**state, "deviations": state["deviations"][: int(state["count"])]}
     save_file(tensors, staging / POSTERIOR_NAME, metadata=metadata)
 
 
-def _check_kind(path: Path, metadata: dict[str, str]) -> None:
-    if metadata.get("kind") != KIND:
-        raise ValueError(f"{path} is not a posterior: it was not written by SwagPosterior.save_pretrained")
-    if metadata.get("version") != VERSION:
-        raise ValueError(
-            f"{path} has format version {metadata.get('version')}, this package reads version {VERSION}: "
-            "load it with the package version that wrote it"
-        )
-
-
-def _check_tensors(path: Path, tensors: dict[str, Tensor], size: int, rank: int) -> None:
-    count = int(tensors["count"]) if "count" in tensors and tensors["count"].numel() == 1 else 0
-    if count < 1:
-        raise ValueError(f"{path} holds no collection count")
-    shapes = {"mean": (size,), "m2": (size,), "deviations": (min(count, rank), size)}
-    for name, shape in shapes.items():
-        if name not in tensors:
-            raise ValueError(f"{path} has no tensor {name}")
-        if tuple(tensors[name].shape) != shape or tensors[name].dtype != torch.float32:
-            raise ValueError(
-                f"{path}: {name} is {tensors[name].dtype} {list(tensors[name].shape)} instead of "
-                f"torch.float32 {list(shape)}"
-            )
-
-
-def _check_model(path: Path, model: nn.Module, layout: Layout, fixed: set[str]) -> torch.device:
-    stems = lora_stems(model)
-    found = {name: parameter for name in layout.names if (parameter := find_parameter(model, name)) is not None}
-    device = next(iter(found.values())).device if found else torch.device("cpu")
-    for name, parameter in model.named_parameters():
-        if name not in fixed and f"{name}.".startswith(stems):
-            found.setdefault(name, parameter)
-    difference = layout.difference(Layout.of(found))
-    if difference:
-        adapters = getattr(model, "peft_config", None)
-        raise ValueError(
-            f"{path} does not fit the model: {difference}. The model needs the architecture, LoRA configuration and "
-            f"adapter name of the posterior (its adapters: {', '.join(adapters) if adapters else 'none'})"
-        )
-    return device
-
-
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Digest of a file's content, empty if there is no file."""
     if not path.is_file():
         return ""
     digest = hashlib.sha256()

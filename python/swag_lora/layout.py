@@ -224,6 +224,15 @@ def find_parameter(model: nn.Module, name: str) -> nn.Parameter | None:
     return model._parameters.get(leaf)
 
 
+def require_device(names: Sequence[str], parameters: Sequence[Tensor], device: torch.device) -> None:
+    """Raises a ValueError that names the first parameter on another device than the posterior's ``device``."""
+    for name, parameter in zip(names, parameters, strict=True):
+        if parameter.device != device:
+            raise ValueError(
+                f'{name} is on {parameter.device}, the posterior on {device}: call posterior.to("{parameter.device}")'
+            )
+
+
 def require_finite(names: Sequence[str], parameters: Sequence[Tensor]) -> None:
     """Raises a ValueError that names the first parameter with a NaN or an infinity.
 

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-import operator
 import os
-from typing import Literal, get_args
+from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import Tensor, nn
 
-from swag_kernels import collect_, draw
+from swag_kernels import collect_
 
-from . import checkpoint
-from .layout import Layout, Selection, common_dtype, require_finite, select_parameters
+from . import checkpoint, checkpoint_load
+from .drawing import Method, draw_samples, integer
+from .layout import Layout, Selection, require_device, require_finite, select_parameters
+from .processes import is_replicated, mesh_of, together
+from .sharding import Sharding, require_whole, reshard
 from .weights import SampledWeights
-
-Method = Literal["iid", "antithetic"]
 
 
 class SwagPosterior:
@@ -40,39 +41,56 @@ class SwagPosterior:
     with eps ~ N(0, I_N) and one z ~ N(0, I_k) for all tensors; ``scale=0.5`` is the paper's half diagonal, half low
     rank. With fewer than two columns the low-rank term is zero.
 
+    Of a model that `torch.distributed.fsdp.fully_shard` has split, each rank holds the moments of its own shards, in an
+    arena that is that much smaller (`part` is its layout, `sharding` says what lies where). `collect`, `std`,
+    `mean_state_dict` and `load_mean` then act on shards; `save_pretrained` writes the folder that one process would
+    have written; `gathered` gives a posterior to draw from. Under DistributedDataParallel every rank collects the same
+    whole posterior (`replicated` is True), and one writes it.
+
     Args:
-        model: the model whose weights are collected; any module will do, a PEFT model also saves as an adapter.
+        model: the model whose weights are collected; any module will do, a PEFT model also saves as an adapter. Pass
+            it wrapped in DistributedDataParallel, if it is, and after ``fully_shard``.
         rank: R, number of deviations kept; 0 for a diagonal posterior.
         params: "trainable", "lora" or a predicate on ``(name, parameter)``, see `select_parameters`.
         var_clamp: smallest variance a weight is given.
 
     Raises:
-        ValueError: nothing selected, a negative rank or clamp, parameters on several devices.
+        ValueError: nothing selected, a negative rank or clamp, parameters on several devices or not all sharded alike
+            along their first dimension.
     """
 
     def __init__(
         self, model: nn.Module, rank: int = 20, params: Selection = "trainable", var_clamp: float = 1e-30
     ) -> None:
+        self.replicated = is_replicated(model)
         model = _unwrap(model)
         parameters = select_parameters(model, params)
         devices = {parameter.device for parameter in parameters.values()}
         if len(devices) > 1:
             raise ValueError(f"the random parameters must be on one device, they are on {sorted(map(str, devices))}")
-        self._allocate(model, Layout.of(parameters), rank, var_clamp, devices.pop())
+        self._allocate(model, Layout.of(parameters), Sharding.of(parameters), rank, var_clamp, devices.pop())
 
     def _allocate(
-        self, model: nn.Module, layout: Layout, rank: int, var_clamp: float, device: torch.device | str
+        self,
+        model: nn.Module,
+        layout: Layout,
+        sharding: Sharding | None,
+        rank: int,
+        var_clamp: float,
+        device: torch.device | str,
     ) -> None:
-        rank = _integer("rank", rank, minimum=0)
+        rank = integer("rank", rank, minimum=0)
         if not (math.isfinite(var_clamp) and var_clamp >= 0):
             raise ValueError(f"var_clamp must be finite and not negative, got {var_clamp}")
         self.model = model
         self.layout = layout
+        self.sharding = sharding
+        self.part = part = layout if sharding is None else sharding.part
         self.adapters: tuple[str, ...] = tuple(model.active_adapters) if isinstance(model, PeftModel) else ()
         self.var_clamp = float(var_clamp)
-        self.mean = torch.zeros(layout.size, device=device)
-        self.m2 = torch.zeros(layout.size, device=device)
-        self.deviations = torch.zeros(rank, layout.size, device=device)
+        self.mean = torch.zeros(part.size, device=device)
+        self.m2 = torch.zeros(part.size, device=device)
+        self.deviations = torch.zeros(rank, part.size, device=device)
         self.count = torch.zeros((), dtype=torch.int64, device=device)
 
     @property
@@ -84,6 +102,18 @@ class SwagPosterior:
     def device(self) -> torch.device:
         return self.mean.device
 
+    def local_parameters(self, model: nn.Module) -> Sequence[Tensor]:
+        """The random parameters of ``model`` as they lie in the arena here: whole tensors, or this rank's shards.
+
+        Raises:
+            ValueError: a parameter is gone, has another shape or is sharded otherwise; the message names it.
+        """
+        if self.sharding is not None:
+            return self.sharding.local(model)
+        parameters = self.layout.parameters(model)
+        require_whole(self.layout.names, parameters)
+        return parameters
+
     def collect(self, check_finite: bool = True) -> None:
         """Take the model's weights as they are now into the posterior; call after ``optimizer.step()``.
 
@@ -94,20 +124,17 @@ class SwagPosterior:
                 capture in a CUDA graph.
 
         Raises:
-            ValueError: a weight is not finite, or a parameter is gone, has another shape or is on another device than
-                the posterior. The message names it, and the posterior is as it was.
+            ValueError: a weight is not finite, or a parameter is gone, has another shape, is on another device than
+                the posterior or sharded otherwise. The message names it, and the posterior is as it was. With
+                `check_finite`, what one rank of a sharded model refuses, all refuse.
         """
-        parameters = self.layout.parameters(self.model)
-        for name, parameter in zip(self.layout.names, parameters, strict=True):
-            if parameter.device != self.device:
-                raise ValueError(
-                    f"{name} is on {parameter.device}, the posterior on {self.device}: "
-                    f'call posterior.to("{parameter.device}")'
-                )
-        if check_finite:
-            require_finite(self.layout.names, parameters)
+        with nullcontext() if self.sharding is None or not check_finite else together(self.sharding.mesh):
+            parameters = self.local_parameters(self.model)
+            require_device(self.layout.names, parameters, self.device)
+            if check_finite:
+                require_finite(self.layout.names, parameters)
         deviations = self.deviations if self.rank else None
-        collect_(parameters, self.mean, self.m2, deviations, self.count, self.layout.table)
+        collect_(parameters, self.mean, self.m2, deviations, self.count, self.part.table)
 
     def draw(
         self,
@@ -131,42 +158,17 @@ class SwagPosterior:
             covariance: None uses the low-rank term if two columns are held, True demands it, False leaves it out.
 
         Raises:
-            RuntimeError: nothing collected yet.
+            RuntimeError: nothing collected yet, or only shards are held here.
             ValueError: S below 1, a negative scale or index, an unknown method, or ``covariance=True`` with fewer than
                 two columns.
             TypeError: a seed, a count or an index that is not an integer.
         """
-        num_samples = _integer("num_samples", num_samples, minimum=1)
-        seed = _integer("seed", seed)
-        first = _integer("first", first, minimum=0)
-        if not (math.isfinite(scale) and scale >= 0):
-            raise ValueError(f"scale must be finite and not negative, got {scale}")
-        if method not in get_args(Method):
-            raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
-        count = self._collected("draw")
-        columns = min(count, self.rank)
-        if covariance and columns < 2:
-            way_out = (
-                f"this posterior has rank={self.rank}: make it with rank=2 or more"
-                if self.rank < 2
-                else f"{count} collected so far: collect once more"
+        if self.sharding is not None:
+            raise RuntimeError(
+                "this rank holds only its shards: draw from posterior.gathered(), which every rank calls, or from "
+                "SwagPosterior.from_pretrained of a saved posterior and a model that is not sharded"
             )
-            raise ValueError(f"a covariance needs at least two deviations; {way_out}, or draw with covariance=False")
-        low_rank = columns >= 2 and covariance is not False
-        buffer = draw(
-            self.mean,
-            self.std(),
-            self.deviations[:columns] if low_rank else None,
-            num_samples,
-            seed=seed,
-            first_sample=first,
-            diag_scale=math.sqrt(scale),
-            low_rank_scale=math.sqrt(scale / (columns - 1)) if low_rank else 0.0,
-            antithetic=method == "antithetic",
-            layout=self.layout.table,
-            dtype=dtype or common_dtype(p.dtype for p in self.layout.parameters(self.model)),
-        )
-        return SampledWeights(self.layout, buffer, seed=seed, first=first, method=method)
+        return draw_samples(self, num_samples, seed, first, scale, method, dtype, covariance)
 
     def std(self) -> Tensor:
         """sigma ``[N]``, ``sqrt(max(m2 / count, var_clamp))``, without the low-rank part and without scale."""
@@ -174,19 +176,31 @@ class SwagPosterior:
         return self.m2.div(self.count).clamp_(min=self.var_clamp).sqrt_()
 
     def mean_state_dict(self) -> dict[str, Tensor]:
-        """The mean (SWA) as parameter name -> tensor, copied, in each parameter's dtype."""
+        """The mean (SWA) as parameter name -> tensor, copied, in each parameter's dtype; of shards, as DTensors."""
         self._collected("mean_state_dict")
+        views = self.part.views(self.mean)
         parameters = self.layout.parameters(self.model)
-        views = self.layout.views(self.mean)
-        return {name: views[name].to(p.dtype, copy=True) for name, p in zip(views, parameters, strict=True)}
+        means = {name: views[name].to(p.dtype, copy=True) for name, p in zip(views, parameters, strict=True)}
+        return means if self.sharding is None else self.sharding.assemble(means)
 
     @torch.no_grad()
     def load_mean(self, model: nn.Module | None = None) -> None:
         """Set the random parameters of ``model`` (None: the model collected from) to the mean, in place."""
         self._collected("load_mean")
-        parameters = self.layout.parameters(self.model if model is None else model)
-        for parameter, value in zip(parameters, self.layout.views(self.mean).values(), strict=True):
+        parameters = self.local_parameters(self.model if model is None else _unwrap(model))
+        for parameter, value in zip(parameters, self.part.views(self.mean).values(), strict=True):
             parameter.copy_(value)
+
+    def gathered(self) -> SwagPosterior:
+        """A posterior with the whole tensors on this rank, to draw from; every rank calls. Not sharded, it is itself."""
+        if self.sharding is None:
+            return self
+        state = self.sharding.gather_state(self.state_dict(), everywhere=True)
+        whole = SwagPosterior.__new__(SwagPosterior)
+        whole._allocate(self.model, self.layout, None, self.rank, self.var_clamp, self.device)
+        whole.adapters, whole.replicated = self.adapters, True
+        whole.load_state_dict(state)
+        return whole
 
     def state_dict(self) -> dict[str, Tensor]:
         """``mean``, ``m2``, ``deviations`` and ``count`` themselves, not copies."""
@@ -210,7 +224,11 @@ class SwagPosterior:
         return self
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write a PEFT adapter whose weights are the mean, and the posterior beside it.
+        """Write a PEFT adapter whose weights are the mean, and the posterior beside it, from one process.
+
+        Every rank calls for a sharded posterior: rank 0 gathers and writes, and a failure there is an error
+        everywhere. For a model in DistributedDataParallel any ranks call that include rank 0, which writes; the others
+        wait for it.
 
         ``PeftModel.from_pretrained(base, folder)`` loads the mean without this package. Random parameters that PEFT
         does not count to the adapter (a predicate may pick a norm of the base model) are in
@@ -223,6 +241,9 @@ class SwagPosterior:
     def from_pretrained(cls, model: nn.Module, folder: str | os.PathLike[str]) -> SwagPosterior:
         """The posterior of `save_pretrained`, tied to ``model``; collecting goes on where it stopped.
 
+        Into a sharded model each rank reads its own shards, whatever number of ranks it was saved from; every rank
+        calls.
+
         The model's weights are not changed. Parameters are found by name, so the adapter may be loaded frozen or
         trainable, but under the name it was saved with.
 
@@ -231,10 +252,13 @@ class SwagPosterior:
             ValueError: the file is truncated, foreign or of another version, or the model's tensors differ from it;
                 the message says which.
         """
+        replicated = is_replicated(model)
         model = _unwrap(model)
-        saved = checkpoint.load(model, folder)
+        with together(mesh_of(model)):
+            saved = checkpoint_load.load(model, folder)
         posterior = cls.__new__(cls)
-        posterior._allocate(model, saved.layout, saved.rank, saved.var_clamp, saved.device)
+        posterior.replicated = replicated
+        posterior._allocate(model, saved.layout, saved.sharding, saved.rank, saved.var_clamp, saved.device)
         held = len(saved.tensors["deviations"])
         posterior.mean.copy_(saved.tensors["mean"])
         posterior.m2.copy_(saved.tensors["m2"])
@@ -257,16 +281,6 @@ class SwagPosterior:
 
 def _unwrap(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, torch.compile and the like: its own names are the ones that count."""
-    return extract_model_from_parallel(model, keep_torch_compile=False)
-
-
-def _integer(name: str, value: int, minimum: int | None = None) -> int:
-    if isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
-    if minimum is not None and number < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {number}")
-    return number
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    reshard(model)
+    return model

@@ -16,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .checkpoint import POSTERIOR_NAME
+from . import checkpoint
 from .layout import Selection
 from .posterior import SwagPosterior
 
@@ -39,6 +39,8 @@ class SwagCallback(TrainerCallback):
     would without the callback. After that the weights are collected at the end of every `every`-th step or of every
     epoch, before a checkpoint of the same step is written; a collection is passed over if no step changed the weights
     since the last one (a gradient scaler skipped them).
+
+    Over several processes each rank collects: the whole under DistributedDataParallel, its shards under FSDP2.
 
     The posterior is saved with each checkpoint, as `checkpoint-N/swag/posterior`, and
     `trainer.train(resume_from_checkpoint=...)` continues with it, so that a resumed run collects what an uninterrupted
@@ -126,7 +128,7 @@ class SwagCallback(TrainerCallback):
         if state.global_step <= start:
             for group in optimizer.param_groups:
                 group.pop(_START_RATE, None)
-        posterior = self._posterior_for(model)
+        posterior = self._posterior_for(model, args)
         if state.global_step:
             self._restore(posterior, args, state)
 
@@ -173,8 +175,11 @@ class SwagCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # A hyperparameter search writes to folders that callbacks are not told.
-        if args.should_save and not state.is_hyper_param_search and int(self.posterior.count):
-            self.posterior.save_pretrained(os.path.join(_checkpoint_folder(args, state), SUBFOLDER))
+        if state.is_hyper_param_search or not int(self.posterior.count):
+            return
+        # Shards are gathered from every rank. Whole, each rank that the Trainer has save does so, one on each node maybe.
+        if args.should_save or self.posterior.sharding is not None:
+            checkpoint.write(self.posterior, os.path.join(_checkpoint_folder(args, state), SUBFOLDER))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -198,14 +203,22 @@ class SwagCallback(TrainerCallback):
             raise RuntimeError(f"lr has {len(rates)} values for the optimizer's {groups} parameter groups")
         return rates
 
-    def _posterior_for(self, model: nn.Module) -> SwagPosterior:
+    def _posterior_for(self, model: nn.Module, args: TrainingArguments) -> SwagPosterior:
         if self._owns_posterior:
             self._posterior = SwagPosterior(model, rank=self.rank, params=self.params)
         elif self.posterior.model is not model:
             raise RuntimeError(
                 "the posterior was made from another model than the Trainer trains: pass SwagPosterior(trainer.model)"
             )
-        return self.posterior.to(self.posterior.layout.parameters(model)[0].device)
+        try:
+            parameters = self.posterior.local_parameters(model)
+        except ValueError as error:
+            raise RuntimeError(
+                f"the posterior does not fit the model as the Trainer has prepared it: {error}. SwagCallback(rank=…, "
+                "params=…) makes a posterior that does"
+            ) from error
+        self.posterior.replicated = args.world_size > 1 and self.posterior.sharding is None
+        return self.posterior.to(parameters[0].device)
 
     def _restore(self, posterior: SwagPosterior, args: TrainingArguments, state: TrainerState) -> None:
         """Bring back what the posterior held when the checkpoint was written, which may be nothing."""
@@ -216,7 +229,7 @@ class SwagCallback(TrainerCallback):
                 "posterior in it is not found; set TrainingArguments.resume_from_checkpoint to the checkpoint's folder"
             )
         folder = os.path.join(resumed, SUBFOLDER)
-        if os.path.isfile(os.path.join(folder, POSTERIOR_NAME)):
+        if os.path.isfile(os.path.join(folder, checkpoint.POSTERIOR_NAME)):
             saved = SwagPosterior.from_pretrained(posterior.model, folder)
             if difference := posterior.layout.difference(saved.layout):
                 raise RuntimeError(f"the posterior in {folder} is over other parameters: {difference}")
