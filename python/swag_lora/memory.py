@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import weakref
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from .shared_rows import SharedRows
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -21,6 +29,63 @@ def available(device: torch.device) -> int:
     except (OSError, ValueError):
         return free
     return free if limit == "max" else min(free, max(0, int(limit) - used))
+
+
+def parse(memory: int | str) -> int:
+    """Bytes of a number of them, or of a text such as "4GiB", "512 MiB" or "2e9".
+
+    Raises:
+        ValueError: neither, or nothing.
+    """
+    units = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
+    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)\s*", str(memory).lower())
+    try:
+        size = int(float(found[1]) * units[found[2].removesuffix("b") if found[2] == "b" else found[2]]) if found else 0
+    except (KeyError, ValueError):
+        size = 0
+    if size < 1:
+        raise ValueError(f'memory must be a number of bytes above 0 or a text such as "4GiB", got {memory!r}')
+    return size
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes of tensors made within that were alive at once, on whatever device.
+
+    For one pass before many, not for all of them: it costs some microseconds for each operation.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._live = 0
+        self._seen: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if SharedRows in types:
+            return NotImplemented
+        result = func(*args, **(kwargs or {}))
+        given = {id(t.untyped_storage()) for t in tree_flatten((args, kwargs))[0] if _has_memory(t)}
+        for tensor in tree_flatten(result)[0]:
+            if _has_memory(tensor):
+                self._count(tensor.untyped_storage(), given)
+        return result
+
+    def _count(self, storage: Any, given: set[int]) -> None:
+        key = id(storage)
+        if key in given or key in self._seen:
+            return
+        size = storage.nbytes()
+        self._seen[key] = weakref.finalize(storage, self._free, key, size)
+        self._live += size
+        self.peak = max(self.peak, self._live)
+
+    def _free(self, key: int, size: int) -> None:
+        self._live -= size
+        del self._seen[key]
+
+
+def _has_memory(value: Any) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, SharedRows)
 
 
 def check_samples(samples: int, bytes_each: int, bytes_activations: int, device: torch.device) -> None:
@@ -39,10 +104,12 @@ def check_samples(samples: int, bytes_each: int, bytes_activations: int, device:
         return
     fit = max(0, free - bytes_activations) // bytes_each
     raise ValueError(
-        f"{samples} samples need {_gib(samples * bytes_each)} for weights and {_gib(bytes_activations)} for "
-        f"activations, {_gib(free)} of memory is free: at most {fit} samples fit (--samples)"
+        f"{samples} samples need {text(samples * bytes_each)} for weights and {text(bytes_activations)} for "
+        f"activations, {text(free)} of memory is free: at most {fit} samples fit (--samples)"
     )
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.3g} GiB"
+def text(size: int) -> str:
+    """For people: "1.5 GiB"."""
+    unit, name = next(((u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")) if size >= u), (1, "bytes"))
+    return f"{size / unit:.3g} {name}"

@@ -64,7 +64,7 @@ class SampledModel(nn.Module):
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
-        """The samples in use; `set_weights` exchanges them."""
+        """The samples in use; `set_weights` exchanges them, after `release_weights` there are none."""
         return self._weights
 
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -110,7 +110,15 @@ class SampledModel(nn.Module):
         finally:
             self._boundary.close()
 
+    def release_weights(self) -> None:
+        """Let go of the samples in use, so that others can be drawn in their place; `set_weights` before the next call."""
+        for sampled, _ in self._sampled:
+            sampled.bind({})
+        self._weights = {}
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._weights:
+            raise RuntimeError("the weights were released: call set_weights first")
         if kwargs.pop("adapter_names", None) is not None:
             raise ValueError("adapter_names cannot be combined with samples: activate one adapter with set_adapter")
         if self._takes_use_cache and kwargs.get("past_key_values") is None:

@@ -41,7 +41,8 @@ class Boundary:
         if not self.is_open or torch.compiler.is_compiling():
             return True
         self._calls.clear()
-        inputs = {**dict(enumerate(args)), **kwargs}
+        inputs: dict[int | str, Any] = dict(enumerate(args))
+        inputs.update(kwargs.items())
         if self._inputs is None:
             self._inputs = inputs
             return True

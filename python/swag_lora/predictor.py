@@ -1,0 +1,259 @@
+"""Predictions for many batches: samples in chunks, examples in parts, until there are enough."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._pytree import tree_map
+
+from swag_kernels import AverageState
+
+from . import plan
+from .memory import parse as parse_memory
+from .patch import SampledModel
+from .plan import Costs, Plan
+from .prediction import Average, Prediction
+from .progress import Part, Progress
+from .ranks import Ranks
+from .sample_axis import leading
+from .stopping import check_tolerance, draws_at_least, is_sure
+
+_MOST = 1024
+_KEPT_SHARE = 4
+
+
+class Posterior(Protocol):
+    """Anything that draws weights: sample k is a function of (posterior, seed, k) alone, whatever else is drawn."""
+
+    def draw(self, num_samples: int, *, seed: int, first: int, scale: float, method: str) -> Mapping[str, Tensor]: ...
+
+
+class Predictor:
+    """`predict` for many batches: ``predictor(batch)``.
+
+    Arguments as in `predict`. Where the weights of all samples fit into a quarter of the memory they are drawn once, with
+    the first batch, and later collections into the posterior and later training of the random parameters do not reach
+    it; else they are drawn anew for each batch. The model's other parameters are shared, not copied.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        posterior: Posterior,
+        num_samples: int | None = None,
+        *,
+        seed: int = 0,
+        first: int = 0,
+        scale: float = 0.5,
+        method: str | None = None,
+        samples_per_pass: int | None = None,
+        examples_per_pass: int | None = None,
+        memory: int | str | None = None,
+        tolerance: float | None = None,
+        max_samples: int | None = None,
+        mesh: DeviceMesh | None = None,
+        resume: str | os.PathLike[str] | None = None,
+        save_every: int = 8,
+        keep_weights: bool = True,
+    ) -> None:
+        self.tolerance = None if tolerance is None else check_tolerance(tolerance)
+        if max_samples is not None and (tolerance is None or num_samples is not None):
+            raise ValueError("max_samples goes with tolerance, in place of num_samples")
+        if num_samples is None:
+            num_samples = 32 if tolerance is None else _MOST if max_samples is None else max_samples
+        self.num_samples = num_samples
+        self.method = resolve_method(num_samples, first, method)
+        self.antithetic = self.method.startswith("antithetic")
+        self._group = 2 if self.antithetic else 1
+        if not scale >= 0:
+            raise ValueError(f"scale must be at least 0, got {scale}")
+        if samples_per_pass is not None and (samples_per_pass < 1 or samples_per_pass % self._group):
+            raise ValueError(
+                f"samples_per_pass must be at least 1, and even for antithetic samples, got {samples_per_pass}"
+            )
+        if examples_per_pass is not None and examples_per_pass < 1:
+            raise ValueError(f"examples_per_pass must be at least 1, got {examples_per_pass}")
+        self._model, self._posterior = model, posterior
+        self._seed, self._first, self._scale = seed, first, scale
+        self._samples_per_pass, self._examples_per_pass = samples_per_pass, examples_per_pass
+        self._memory = None if memory is None else parse_memory(memory)
+        self._ranks = Ranks.of(mesh)
+        told = (num_samples, self.method, seed, first, scale, tolerance, samples_per_pass, examples_per_pass)
+        drawn = {} if mesh is None and resume is None else self._draw(0, self._group)
+        self._ranks.check(num_samples // self._group, drawn, told)
+        self._progress = Progress(resume, save_every, self._ranks, drawn, told)
+        self._keep_weights = keep_weights
+        self._kept: dict[int, Mapping[str, Tensor]] = {}
+        self._plans: dict[tuple[int, int], Plan] = {}
+        self._sampled: SampledModel | None = None
+
+    @torch.no_grad()
+    def __call__(self, batch: Mapping[str, Any]) -> Prediction:
+        """The averaged prediction for one batch: the model's keyword arguments, labels being ignored."""
+        if not isinstance(batch, Mapping):
+            raise TypeError(f"batch must map the model's arguments to tensors, got {type(batch).__name__}")
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        size, chosen = len(leading((), inputs)), self.plan(inputs)
+        starts = range(0, size, chosen.examples)
+        parts = {}
+        for i in self._ranks.share(len(starts)):
+            few = _rows(inputs, size, slice(starts[i], starts[i] + chosen.examples))
+            parts[i] = self._progress.part(few, chosen, self._examples)
+        return Prediction.cat(self._ranks.join(parts, len(starts)))
+
+    @property
+    def rows_computed(self) -> dict[str, int]:
+        """Rows that have gone through each module, see `SampledModel.rows_computed`."""
+        return {} if self._sampled is None else self._sampled.rows_computed
+
+    def plan(self, batch: Mapping[str, Any]) -> Plan:
+        """How many samples and examples of such a batch go through the model at a time.
+
+        What `samples_per_pass` and `examples_per_pass` say. Without them, all at once where that is little; else what a
+        pass takes in memory and time is measured, once for batches of about this size.
+        """
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        size, length = len(leading((), inputs)), plan.tokens(inputs)
+        key = (size, length.bit_length())
+        if key not in self._plans:
+            self._plans[key] = self._ranks.smallest(self._make_plan(inputs, size, length))
+        return self._plans[key]
+
+    @torch.no_grad()
+    def _make_plan(self, inputs: dict[str, Any], size: int, length: int) -> Plan:
+        group = self._group
+        samples = -(-self.num_samples // group // self._ranks.samples) * group
+        if self.tolerance is not None:
+            samples = min(samples, group * max(2, math.ceil(draws_at_least(self.tolerance) / 2)))
+        samples = self._samples_per_pass or samples
+        examples = self._examples_per_pass or -(-size // self._ranks.data)
+        device = leading((), inputs).device
+        if self._memory is None and (self._samples_per_pass or plan.small(device, samples * examples * length)):
+            return Plan(samples, examples)
+        budget, one = plan.budget(device, self._memory), _rows(inputs, size, slice(0, 1))
+        weights = sum(tensor.nbytes for tensor in self._draw(0, 1).values())
+        self._bind(self._draw(0, group))(**one)
+        peak = plan.peak_bytes(device, lambda: self._bind(self._draw(0, group))(**one))
+        costs = Costs(weights, max(1, -(-peak // group) - weights))
+
+        def seconds(number: int, few: int) -> float:
+            sampled, part = self._bind(self._draw(0, number)), _rows(inputs, size, slice(0, few))
+            return plan.seconds(device, lambda: sampled(**part))
+
+        start = self._samples_per_pass or plan.first_try(examples * length)
+        return plan.make_plan(samples, examples, group, budget, costs, seconds, start)
+
+    def _examples(self, inputs: dict[str, Any], chosen: Plan, part: Part) -> Prediction:
+        """The prediction for the examples of one pass."""
+        average = Average(self.antithetic)
+        if self.tolerance is not None:
+            return self._until_sure(inputs, chosen, average, self.tolerance)
+        done = part.restore(average)
+        for state in self._states(inputs, done, chosen, average):
+            average.merge(state)
+            done += 1
+            part.save(average, done)
+        return average.prediction()
+
+    def _until_sure(self, inputs: dict[str, Any], chosen: Plan, average: Average, tolerance: float) -> Prediction:
+        """Examples leave as soon as all their probabilities are sure, or all samples are drawn."""
+        places = torch.arange(len(leading((), inputs)), device=leading((), inputs).device)
+        found: list[tuple[Tensor, Prediction]] = []
+        last, chunk = -(-self.num_samples // chosen.samples), 0
+        while len(places):
+            for state in self._states(inputs, chunk, chosen, average):
+                average.merge(state)
+                chunk += 1
+                now = average.prediction(guarded=True)
+                sure = is_sure(now.std_error, tolerance) if chunk < last else torch.ones_like(places, dtype=torch.bool)
+                if bool(sure.any()):
+                    break
+            counts = torch.full((int(sure.sum()),), int(now.num_samples), device=places.device)
+            found.append((places[sure], replace(now.select(sure), num_samples=counts)))
+            stay = (~sure).nonzero()[:, 0]
+            inputs, places = _rows(inputs, len(places), stay), places[stay]
+            average.keep(stay)
+        order = torch.cat([rows for rows, _ in found]).argsort()
+        return Prediction.cat([part for _, part in found]).select(order)
+
+    def _states(self, inputs: dict[str, Any], chunk: int, chosen: Plan, average: Average) -> Iterator[AverageState]:
+        """The averages over the samples of one chunk after the other, from number `chunk` on."""
+        last, opened = -(-self.num_samples // chosen.samples), False
+        with ExitStack() as stack:
+            for first in range(chunk, last, self._ranks.samples):
+                state, mine = None, first + self._ranks.sample_rank
+                if mine < last:
+                    start = mine * chosen.samples
+                    sampled = self._bind(self._weights(start, min(chosen.samples, self.num_samples - start)))
+                    if not opened:
+                        stack.enter_context(sampled.same_batch())
+                        opened = True
+                    logits = getattr(sampled(**inputs), "logits", None)
+                    if logits is None:
+                        raise TypeError("the model returned no logits: predictions need one with a prediction head")
+                    state = average.chunk(logits)
+                yield from self._ranks.gather(state, min(self._ranks.samples, last - first))
+
+    def _bind(self, weights: Mapping[str, Tensor]) -> SampledModel:
+        if self._sampled is None:
+            self._sampled = SampledModel(self._model, weights).eval()
+        elif self._sampled.weights is not weights:
+            self._sampled.set_weights(weights)
+        return self._sampled
+
+    def _draw(self, start: int, number: int) -> Mapping[str, Tensor]:
+        first = self._first + start
+        return self._posterior.draw(number, seed=self._seed, first=first, scale=self._scale, method=self.method)
+
+    def _weights(self, start: int, number: int) -> Mapping[str, Tensor]:
+        if start in self._kept and len(next(iter(self._kept[start].values()))) == number:
+            return self._kept[start]
+        if self._sampled is not None and not self._kept:
+            self._sampled.release_weights()
+        weights = self._draw(start, number)
+        if self._keep_weights and self._all_fit(weights, number):
+            self._kept[start] = weights
+        return weights
+
+    def _all_fit(self, weights: Mapping[str, Tensor], number: int) -> bool:
+        """Whether the weights of all samples take no more than a quarter of the memory."""
+        needed = (
+            sum(tensor.nbytes for tensor in weights.values()) / number * (self.num_samples - len(self._kept) * number)
+        )
+        return needed * _KEPT_SHARE <= plan.budget(next(iter(weights.values())).device, self._memory)
+
+
+def _rows(inputs: dict[str, Any], size: int, rows: slice | Tensor) -> dict[str, Any]:
+    """Some of the batch's examples."""
+
+    def cut(value: Any) -> Any:
+        return value[rows] if isinstance(value, Tensor) and value.dim() > 0 and len(value) == size else value
+
+    return {name: tree_map(cut, value) for name, value in inputs.items()}
+
+
+def resolve_method(num_samples: int, first: int, method: str | None) -> str:
+    """The method that samples `first` and following are drawn with; None takes pairs where both numbers are even."""
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    if first < 0:
+        raise ValueError(f"first must be at least 0, got {first}")
+    paired = num_samples % 2 == 0 and first % 2 == 0
+    if method is None:
+        return "antithetic" if paired else "iid"
+    if method not in ("antithetic", "iid"):
+        raise ValueError(f"method must be 'antithetic' or 'iid', got {method!r}")
+    if method == "antithetic" and not paired:
+        raise ValueError(
+            "antithetic samples come in pairs: num_samples and first must be even, "
+            f"got {num_samples} and {first}; use method='iid' for odd numbers"
+        )
+    return method
