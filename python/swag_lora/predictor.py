@@ -139,7 +139,7 @@ class Predictor:
         if self._memory is None and (self._samples_per_pass or plan.small(device, samples * examples * length)):
             return Plan(samples, examples)
         budget, one = plan.budget(device, self._memory), _rows(inputs, size, slice(0, 1))
-        weights = sum(tensor.nbytes for tensor in self._draw(0, 1).values())
+        weights = _nbytes(self._draw(0, 1))
         self._bind(self._draw(0, group))(**one)
         peak = plan.peak_bytes(device, lambda: self._bind(self._draw(0, group))(**one))
         costs = Costs(weights, max(1, -(-peak // group) - weights))
@@ -225,9 +225,7 @@ class Predictor:
 
     def _all_fit(self, weights: Mapping[str, Tensor], number: int) -> bool:
         """Whether the weights of all samples take no more than a quarter of the memory."""
-        needed = (
-            sum(tensor.nbytes for tensor in weights.values()) / number * (self.num_samples - len(self._kept) * number)
-        )
+        needed = _nbytes(weights) / number * self.num_samples
         return needed * _KEPT_SHARE <= plan.budget(next(iter(weights.values())).device, self._memory)
 
 
@@ -238,6 +236,11 @@ def _rows(inputs: dict[str, Any], size: int, rows: slice | Tensor) -> dict[str, 
         return value[rows] if isinstance(value, Tensor) and value.dim() > 0 and len(value) == size else value
 
     return {name: tree_map(cut, value) for name, value in inputs.items()}
+
+
+def _nbytes(weights: Mapping[str, Tensor]) -> int:
+    """Of the buffers behind the tensors."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in weights.values()}.values())
 
 
 def resolve_method(num_samples: int, first: int, method: str | None) -> str:

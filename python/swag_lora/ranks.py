@@ -73,7 +73,7 @@ class Ranks:
             )
         mine = (digest(drawn), repr(told))
         everyone = self._everyone(mine)
-        for what, index in (("posterior", 0), ("arguments", 1)):
+        for what, index in (("arguments", 1), ("posterior", 0)):
             others = [rank for rank, theirs in enumerate(everyone) if theirs[index] != everyone[0][index]]
             if others:
                 raise ValueError(

@@ -32,6 +32,21 @@ def _is_opaque(value: object) -> bool:
     return value is not None and not isinstance(value, (Tensor, bool, int, float, str, torch.dtype, torch.device))
 
 
+def leading(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    """The tensor of a call whose first axis is the batch.
+
+    Raises:
+        ValueError: there is none, or it is empty.
+    """
+    first = next((kwargs[k] for k in _BATCH_FIRST if isinstance(kwargs.get(k), Tensor)), None)
+    if first is None:
+        leaves = tree_flatten((args, dict(kwargs)))[0]
+        first = next((v for v in leaves if isinstance(v, Tensor) and v.dim() > 0), None)
+    if first is None or len(first) == 0:
+        raise ValueError("the batch is empty: no tensor with a leading batch axis was passed to the model")
+    return first
+
+
 @dataclass(frozen=True)
 class OneCopy:
     """A tensor of b rows that stands for S * b."""
@@ -88,13 +103,7 @@ class SampleAxis:
         Raises:
             ValueError: no tensor to take B from, an empty batch, or a tensor whose leading size is neither B nor 1.
         """
-        first = next((kwargs[k] for k in _BATCH_FIRST if isinstance(kwargs.get(k), Tensor)), None)
-        if first is None:
-            leaves = tree_flatten((args, kwargs))[0]
-            first = next((v for v in leaves if isinstance(v, Tensor) and v.dim() > 0), None)
-        if first is None or len(first) == 0:
-            raise ValueError("the batch is empty: no tensor with a leading batch axis was passed to the model")
-        batch = len(first)
+        batch = len(leading(args, kwargs))
         packed = _PACKED & kwargs.keys()
         if packed:
             raise ValueError(f"packed sequences ({min(packed)}) have no batch axis: pad the batch instead")
