@@ -150,7 +150,8 @@ class SampledModel(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(
-            "SampledModel does not generate, with or without beams: call it for logits [S, B, ...]"
+            "a SampledModel does not generate, with or without beams: swag_lora.generate(model, posterior, input_ids) "
+            "averages the next token's distribution over the samples; call this object for logits [S, B, ...]"
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> NoReturn:

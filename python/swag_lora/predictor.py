@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_map
 
 from swag_kernels import AverageState
 
 from . import plan
+from .forward import Forward
 from .memory import parse as parse_memory
 from .patch import SampledModel
 from .plan import Costs, Plan
@@ -63,6 +63,7 @@ class Predictor:
         resume: str | os.PathLike[str] | None = None,
         save_every: int = 8,
         keep_weights: bool = True,
+        forward: Forward | None = None,
     ) -> None:
         self.tolerance = None if tolerance is None else check_tolerance(tolerance)
         if max_samples is not None and (tolerance is None or num_samples is not None):
@@ -91,6 +92,7 @@ class Predictor:
         self._ranks.check(num_samples // self._group, drawn, told)
         self._progress = Progress(resume, save_every, self._ranks, drawn, told)
         self._keep_weights = keep_weights
+        self._forward = Forward() if forward is None else forward
         self._kept: dict[int, Mapping[str, Tensor]] = {}
         self._plans: dict[tuple[int, int], Plan] = {}
         self._sampled: SampledModel | None = None
@@ -101,11 +103,11 @@ class Predictor:
         if not isinstance(batch, Mapping):
             raise TypeError(f"batch must map the model's arguments to tensors, got {type(batch).__name__}")
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        size, chosen = len(leading((), inputs)), self.plan(inputs)
+        size, chosen = self._forward.size(inputs), self.plan(inputs)
         starts = range(0, size, chosen.examples)
         parts = {}
         for i in self._ranks.share(len(starts)):
-            few = _rows(inputs, size, slice(starts[i], starts[i] + chosen.examples))
+            few = self._forward.select(inputs, slice(starts[i], starts[i] + chosen.examples))
             parts[i] = self._progress.part(few, chosen, self._examples)
         return Prediction.cat(self._ranks.join(parts, len(starts)))
 
@@ -121,7 +123,7 @@ class Predictor:
         pass takes in memory and time is measured, once for batches of about this size.
         """
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        size, length = len(leading((), inputs)), plan.tokens(inputs)
+        size, length = self._forward.size(inputs), plan.tokens(inputs)
         key = (size, length.bit_length())
         if key not in self._plans:
             self._plans[key] = self._ranks.smallest(self._make_plan(inputs, size, length))
@@ -138,15 +140,15 @@ class Predictor:
         device = leading((), inputs).device
         if self._memory is None and (self._samples_per_pass or plan.small(device, samples * examples * length)):
             return Plan(samples, examples)
-        budget, one = plan.budget(device, self._memory), _rows(inputs, size, slice(0, 1))
+        budget, one = plan.budget(device, self._memory), self._forward.select(inputs, slice(0, 1))
         weights = _nbytes(self._draw(0, 1))
-        self._bind(self._draw(0, group))(**one)
-        peak = plan.peak_bytes(device, lambda: self._bind(self._draw(0, group))(**one))
+        self._forward.logits(self._bind(self._draw(0, group)), one)
+        peak = plan.peak_bytes(device, lambda: self._forward.logits(self._bind(self._draw(0, group)), one))
         costs = Costs(weights, max(1, -(-peak // group) - weights))
 
         def seconds(number: int, few: int) -> float:
-            sampled, part = self._bind(self._draw(0, number)), _rows(inputs, size, slice(0, few))
-            return plan.seconds(device, lambda: sampled(**part))
+            sampled, part = self._bind(self._draw(0, number)), self._forward.select(inputs, slice(0, few))
+            return plan.seconds(device, lambda: self._forward.logits(sampled, part))
 
         start = self._samples_per_pass or plan.first_try(examples * length)
         return plan.make_plan(samples, examples, group, budget, costs, seconds, start)
@@ -165,7 +167,7 @@ class Predictor:
 
     def _until_sure(self, inputs: dict[str, Any], chosen: Plan, average: Average, tolerance: float) -> Prediction:
         """Examples leave as soon as all their probabilities are sure, or all samples are drawn."""
-        places = torch.arange(len(leading((), inputs)), device=leading((), inputs).device)
+        places = torch.arange(self._forward.size(inputs), device=leading((), inputs).device)
         found: list[tuple[Tensor, Prediction]] = []
         last, chunk = -(-self.num_samples // chosen.samples), 0
         while len(places):
@@ -179,7 +181,7 @@ class Predictor:
             counts = torch.full((int(sure.sum()),), int(now.num_samples), device=places.device)
             found.append((places[sure], replace(now.select(sure), num_samples=counts)))
             stay = (~sure).nonzero()[:, 0]
-            inputs, places = _rows(inputs, len(places), stay), places[stay]
+            inputs, places = self._forward.select(inputs, stay), places[stay]
             average.keep(stay)
         order = torch.cat([rows for rows, _ in found]).argsort()
         return Prediction.cat([part for _, part in found]).select(order)
@@ -196,9 +198,7 @@ class Predictor:
                     if not opened:
                         stack.enter_context(sampled.same_batch())
                         opened = True
-                    logits = getattr(sampled(**inputs), "logits", None)
-                    if logits is None:
-                        raise TypeError("the model returned no logits: predictions need one with a prediction head")
+                    logits = self._forward.logits(sampled, inputs)
                     state = average.chunk(logits)
                 yield from self._ranks.gather(state, min(self._ranks.samples, last - first))
 
@@ -227,15 +227,6 @@ class Predictor:
         """Whether the weights of all samples take no more than a quarter of the memory."""
         needed = _nbytes(weights) / number * self.num_samples
         return needed * _KEPT_SHARE <= plan.budget(next(iter(weights.values())).device, self._memory)
-
-
-def _rows(inputs: dict[str, Any], size: int, rows: slice | Tensor) -> dict[str, Any]:
-    """Some of the batch's examples."""
-
-    def cut(value: Any) -> Any:
-        return value[rows] if isinstance(value, Tensor) and value.dim() > 0 and len(value) == size else value
-
-    return {name: tree_map(cut, value) for name, value in inputs.items()}
 
 
 def _nbytes(weights: Mapping[str, Tensor]) -> int:

@@ -222,7 +222,7 @@ class SampleAxis:
         """The samples of `weight` ``[S, *shape]`` that pass through now: all, or the lane's own, ``[1, *shape]``."""
         return weight if self.lane is None else weight[self.lane : self.lane + 1]
 
-    def narrow(self, call: Any) -> tuple[Any, int] | None:
+    def narrow(self, call: tuple[tuple, dict[str, Any]]) -> tuple[Any, int] | None:
         """One copy of the rows of a call's arguments and their number, or None where all rows have to run.
 
         `SharedRows` say themselves that all samples have them. Until the axis has begun, plain tensors with S * b leading
@@ -231,7 +231,9 @@ class SampleAxis:
         count given as an integer) keeps all rows. Where b equals another size, so that the output's batch could not be
         told from it, the rows are a small multiple of b.
         """
-        if not self._share_prefix:
+        args, kwargs = call
+        behind = self.begun and not any(isinstance(v, SharedRows) for v in (*args, *kwargs.values()))
+        if not self._share_prefix or behind:
             return None
         total = self.num_samples * self._rows
         leaves, spec = tree_flatten(call)
@@ -271,11 +273,13 @@ class SampleAxis:
         traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
         return not traced and not any(_is_opaque(v) for v in tree_flatten(call)[0])
 
-    def rows_in(self, call: Any) -> int:
-        """S * b where a call has batch-leading tensors, else 0."""
-        total = self.num_samples * self._rows
-        leaves = tree_flatten(call)[0]
-        return total if any(isinstance(v, Tensor) and v.dim() > 0 and len(v) == total for v in leaves) else 0
+    def rows_in(self, call: tuple[tuple, dict[str, Any]]) -> int:
+        """S * b where an argument leads with the batch, else 0."""
+        total, (args, kwargs) = self.num_samples * self._rows, call
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.dim() > 0 and len(value) == total:
+                return total
+        return 0
 
     def one_copy(self, output: Any, rows: int) -> Any | None:
         """The output of a module narrowed to `rows`, its batch-leading tensors as `OneCopy`; None where they are in doubt."""
