@@ -11,12 +11,13 @@ import torch
 from swag_kernels import draw
 
 from .layout import common_dtype
+from .structured import draw_orthogonal
 from .weights import SampledWeights
 
 if TYPE_CHECKING:
     from .posterior import SwagPosterior
 
-Method = Literal["iid", "antithetic"]
+Method = Literal["iid", "antithetic", "antithetic+orthogonal"]
 
 
 def draw_samples(
@@ -48,19 +49,36 @@ def draw_samples(
         )
         raise ValueError(f"a covariance needs at least two deviations; {way_out}, or draw with covariance=False")
     low_rank = columns >= 2 and covariance is not False
-    buffer = draw(
-        posterior.mean,
-        std,
-        posterior.deviations[:columns] if low_rank else None,
-        num_samples,
-        seed=seed,
-        first_sample=first,
-        diag_scale=math.sqrt(scale),
-        low_rank_scale=math.sqrt(scale / (columns - 1)) if low_rank else 0.0,
-        antithetic=method == "antithetic",
-        layout=posterior.layout.table,
-        dtype=dtype or common_dtype(p.dtype for p in posterior.layout.parameters(posterior.model)),
-    )
+    kind = dtype or common_dtype(p.dtype for p in posterior.layout.parameters(posterior.model))
+    diag_scale = math.sqrt(scale)
+    low_rank_scale = math.sqrt(scale / (columns - 1)) if low_rank else 0.0
+    if method == "antithetic+orthogonal":
+        buffer = draw_orthogonal(
+            posterior.mean,
+            std,
+            posterior.deviations[: columns if low_rank else 0],
+            num_samples,
+            seed=seed,
+            first_sample=first,
+            diag_scale=diag_scale,
+            low_rank_scale=low_rank_scale,
+            layout=posterior.layout.table,
+            dtype=kind,
+        )
+    else:
+        buffer = draw(
+            posterior.mean,
+            std,
+            posterior.deviations[:columns] if low_rank else None,
+            num_samples,
+            seed=seed,
+            first_sample=first,
+            diag_scale=diag_scale,
+            low_rank_scale=low_rank_scale,
+            antithetic=method == "antithetic",
+            layout=posterior.layout.table,
+            dtype=kind,
+        )
     return SampledWeights(posterior.layout, buffer, seed=seed, first=first, method=method)
 
 

@@ -16,9 +16,9 @@ from transformers.utils import ModelOutput
 from swag_kernels import AverageState, bayes_average_
 
 from .lane_cache import grow_in_place
-from .language_model import check_draw, check_tokens, language_model
+from .language_model import check_tokens, language_model
 from .patch import SampledModel
-from .predict import Posterior
+from .predictor import Posterior, resolve_method
 from .row_ends import RowEnds
 
 _ALLOWED = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -103,7 +103,7 @@ def generate(
     core = language_model(model)
     config = _checked_config(core, generation_kwargs)
     check_tokens(core, input_ids, attention_mask)
-    method = check_draw(num_samples, first, scale, method)
+    method = resolve_method(num_samples, first, scale, method)
     weights = posterior.draw(num_samples, seed=seed, first=first, scale=scale, method=method)
 
     average = _AveragedForward(SampledModel(model, weights).eval())

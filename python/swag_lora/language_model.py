@@ -73,31 +73,6 @@ def check_in_vocabulary(ids: Tensor, size: int, name: str) -> None:
         )
 
 
-def check_draw(num_samples: int, first: int, scale: float, method: str | None) -> str:
-    """The method by which samples are drawn: "antithetic" where both numbers are even and None was asked for.
-
-    Raises:
-        ValueError: a number out of range, an unknown method, or pairs of odd numbers.
-    """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-    if first < 0:
-        raise ValueError(f"first must be at least 0, got {first}")
-    if not scale >= 0:
-        raise ValueError(f"scale must be at least 0, got {scale}")
-    paired = num_samples % 2 == 0 and first % 2 == 0
-    if method is None:
-        return "antithetic" if paired else "iid"
-    if method not in ("antithetic", "iid"):
-        raise ValueError(f"method must be 'antithetic' or 'iid', got {method!r}")
-    if method == "antithetic" and not paired:
-        raise ValueError(
-            "antithetic samples come in pairs: num_samples and first must be even, "
-            f"got {num_samples} and {first}; use method='iid' for odd numbers"
-        )
-    return method
-
-
 def labels_to_predict(input_ids: Tensor, labels: Tensor | None, mask: Tensor, vocabulary: int) -> Tensor:
     """Labels ``[B, T]``, -100 wherever there is nothing to predict, or nothing to predict it from."""
     if labels is None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .language_model import IGNORED, answers_of_rows, check_draw, check_tokens, labels_to_predict, language_model
+from .language_model import IGNORED, answers_of_rows, check_tokens, labels_to_predict, language_model
 from .output_head import SplitModel, vocabulary_size
 from .patch import SampledModel
 from .predict import Posterior, Prediction
@@ -139,9 +139,9 @@ def log_probs(
     core = language_model(model)
     check_tokens(core, input_ids, attention_mask)
     vocabulary = vocabulary_size(core)
-    method = check_draw(num_samples, first, scale, method)
+    method = resolve_method(num_samples, first, scale, method)
     step = num_samples if samples_per_pass is None else samples_per_pass
-    if step < 1 or (method == "antithetic" and step % 2):
+    if step < 1 or (method != "iid" and step % 2):
         raise ValueError(
             f"samples_per_pass must be at least 1, and even for antithetic samples, got {samples_per_pass}"
         )
@@ -159,7 +159,7 @@ def log_probs(
     )
     if answers is not None:
         inputs = _inputs(core, input_ids, mask)
-        return _over_answers(passes, inputs, _last(mask), answers, method == "antithetic")
+        return _over_answers(passes, inputs, _last(mask), answers, method != "iid")
     rows = len(input_ids) if step == num_samples else max(1, max_logits // (input_ids.shape[1] * vocabulary))
     parts = [
         _over_labels(passes, _inputs(core, ids, seen), target, vocabulary, max_logits)

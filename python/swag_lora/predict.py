@@ -47,8 +47,9 @@ def predict(
         num_samples: S, at least 1; 32 by default.
         seed, first: samples `first`, ..., `first + S - 1` of this seed.
         scale: multiplies the covariance; 0.5 is the paper's, 0 gives the mean weights.
-        method: "iid", or "antithetic" for pairs mirrored about the mean, which needs even `num_samples` and `first`.
-            None takes "antithetic" where both are even and "iid" otherwise.
+        method: "iid"; "antithetic" for pairs mirrored about the mean, which needs even `num_samples` and `first`; or
+            "antithetic+orthogonal", whose pairs have orthogonal z in the low-rank part (see `structured`). None takes
+            "antithetic" where both are even and "iid" otherwise.
         samples_per_pass, examples_per_pass: of one forward pass. The same two give the same bits, however many processes
             there are; others the same prediction up to rounding. By default as `memory` and the time that passes take
             allow, see `Predictor.plan`.

@@ -133,8 +133,8 @@ class Average:
         self.shape = rows.shape
         self.state = self.state.select(rows.flatten())
 
-    def prediction(self, guarded: bool = False) -> Prediction:
-        """The average so far; `guarded` takes the standard error that sampling may stop by."""
+    def prediction(self, guarded: float | None = None) -> Prediction:
+        """The average so far; `guarded`, the scale of the samples, takes the standard error that sampling may stop by."""
         assert self.state is not None
         state = self.state
 
@@ -147,6 +147,6 @@ class Average:
             expected_entropy=shaped(state.expected_entropy()),
             mutual_information=shaped(state.mutual_information()),
             disagreement=shaped(state.disagreement()),
-            std_error=shaped(guarded_std_error(state) if guarded else state.std_error()),
+            std_error=shaped(state.std_error() if guarded is None else guarded_std_error(state, guarded)),
             num_samples=state.num_samples,
         )

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from swag_kernels import AverageState
 
 from . import plan
+from .drawing import Method
 from .forward import Forward
 from .memory import parse as parse_memory
 from .patch import SampledModel
@@ -71,11 +72,9 @@ class Predictor:
         if num_samples is None:
             num_samples = 32 if tolerance is None else _MOST if max_samples is None else max_samples
         self.num_samples = num_samples
-        self.method = resolve_method(num_samples, first, method)
-        self.antithetic = self.method.startswith("antithetic")
+        self.method = resolve_method(num_samples, first, scale, method)
+        self.antithetic = self.method != "iid"
         self._group = 2 if self.antithetic else 1
-        if not scale >= 0:
-            raise ValueError(f"scale must be at least 0, got {scale}")
         if samples_per_pass is not None and (samples_per_pass < 1 or samples_per_pass % self._group):
             raise ValueError(
                 f"samples_per_pass must be at least 1, and even for antithetic samples, got {samples_per_pass}"
@@ -134,7 +133,7 @@ class Predictor:
         group = self._group
         samples = -(-self.num_samples // group // self._ranks.samples) * group
         if self.tolerance is not None:
-            samples = min(samples, group * max(2, math.ceil(draws_at_least(self.tolerance) / 2)))
+            samples = min(samples, group * max(2, math.ceil(draws_at_least(self.tolerance, self._scale) / 2)))
         samples = self._samples_per_pass or samples
         examples = self._examples_per_pass or -(-size // self._ranks.data)
         device = leading((), inputs).device
@@ -174,7 +173,7 @@ class Predictor:
             for state in self._states(inputs, chunk, chosen, average):
                 average.merge(state)
                 chunk += 1
-                now = average.prediction(guarded=True)
+                now = average.prediction(guarded=self._scale)
                 sure = is_sure(now.std_error, tolerance) if chunk < last else torch.ones_like(places, dtype=torch.bool)
                 if bool(sure.any()):
                     break
@@ -234,18 +233,24 @@ def _nbytes(weights: Mapping[str, Tensor]) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in weights.values()}.values())
 
 
-def resolve_method(num_samples: int, first: int, method: str | None) -> str:
-    """The method that samples `first` and following are drawn with; None takes pairs where both numbers are even."""
+def resolve_method(num_samples: int, first: int, scale: float, method: str | None) -> str:
+    """The method that samples `first` and following are drawn with; None takes pairs where both numbers are even.
+
+    Raises:
+        ValueError: a number out of range, an unknown method, or pairs of odd numbers.
+    """
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     if first < 0:
         raise ValueError(f"first must be at least 0, got {first}")
+    if not scale >= 0:
+        raise ValueError(f"scale must be at least 0, got {scale}")
     paired = num_samples % 2 == 0 and first % 2 == 0
     if method is None:
         return "antithetic" if paired else "iid"
-    if method not in ("antithetic", "iid"):
-        raise ValueError(f"method must be 'antithetic' or 'iid', got {method!r}")
-    if method == "antithetic" and not paired:
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {', '.join(map(repr, get_args(Method)))}, got {method!r}")
+    if method != "iid" and not paired:
         raise ValueError(
             "antithetic samples come in pairs: num_samples and first must be even, "
             f"got {num_samples} and {first}; use method='iid' for odd numbers"

@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from swag_kernels import AverageState
 
-PRIOR_DEVIATION = 0.03
-"""How far from the mean one more draw is taken to have been, as a probability.
-
-A few draws that happen to agree have no spread, and sampling that stops whenever they do stops too early. With this value
-three standard errors cover 99 % of probabilities on the posteriors that `benchmarks/bench_adaptive.py` measures; without
-it, from 73 % to 93 %.
-"""
+_LEAST_DRAWS = 2
 
 
-def guarded_std_error(state: AverageState) -> Tensor:
-    """``sqrt(m2 + PRIOR_DEVIATION^2) / n`` over n draws, [B, C]: the standard error with one pseudo draw.
+def prior_deviation(scale: float) -> float:
+    """How far from the mean one more draw is taken to have been, as a probability: ``0.04 sqrt(scale)``.
 
-    An antithetic pair is one draw. For many draws it is the ordinary ``sqrt(m2 / (n (n - 1)))``. It is at most t after
-    ``PRIOR_DEVIATION / t`` draws at the earliest: 6 for a tolerance of 0.005.
+    A few draws that happen to agree have no spread, and sampling that stops whenever they do stops too early: on the
+    posteriors of `benchmarks/bench_adaptive.py` three plain standard errors then cover three quarters of the
+    probabilities, with this pseudo draw 99 %.
+    """
+    return 0.04 * math.sqrt(scale)
+
+
+def guarded_std_error(state: AverageState, scale: float) -> Tensor:
+    """``sqrt(m2 + prior_deviation^2) / n`` over n draws, [B, C]: the standard error with one pseudo draw.
+
+    An antithetic pair is one draw. For many draws it is the ordinary ``sqrt(m2 / (n (n - 1)))``; infinite for fewer than
+    two.
     """
     draws = state.num_samples / state.group
-    return (state.m2 + PRIOR_DEVIATION**2).sqrt() / draws
+    if draws < _LEAST_DRAWS:
+        return torch.full_like(state.m2, math.inf)
+    return (state.m2 + prior_deviation(scale) ** 2).sqrt() / draws
 
 
-def draws_at_least(tolerance: float) -> int:
+def draws_at_least(tolerance: float, scale: float) -> int:
     """Draws before which no example stops."""
-    return math.ceil(PRIOR_DEVIATION / tolerance)
+    return max(_LEAST_DRAWS, math.ceil(prior_deviation(scale) / tolerance))
 
 
 def is_sure(std_error: Tensor, tolerance: float) -> Tensor:

@@ -88,7 +88,7 @@ def test_sampling_before_collecting():
         ({"first": -1}, ValueError, "first must be at least 0"),
         ({"scale": -0.1}, ValueError, "scale must be finite and not negative, got -0.1"),
         ({"scale": math.nan}, ValueError, "scale must be finite"),
-        ({"method": "sobol"}, ValueError, "method must be one of iid, antithetic, got 'sobol'"),
+        ({"method": "sobol"}, ValueError, "method must be one of iid, antithetic, antithetic.orthogonal, got 'sobol'"),
     ],
 )
 def test_bad_arguments_of_draw(arguments, error, said):
@@ -121,7 +121,7 @@ def test_covariance_false_is_the_diagonal_alone():
     torch.testing.assert_close(posterior.draw(4).buffer, posterior.draw(4, covariance=False).buffer)
 
 
-@pytest.mark.parametrize("method", ["iid", "antithetic"])
+@pytest.mark.parametrize("method", ["iid", "antithetic", "antithetic+orthogonal"])
 def test_first_counts_samples_of_one_stream(method):
     posterior = collected(tiny_peft())
     seven = posterior.draw(7, seed=3, method=method)

@@ -241,7 +241,7 @@ def test_bad_arguments(head):
         ({"num_samples": 4, "scale": float("nan")}, "scale must be at least 0"),
         ({"num_samples": 3, "method": "antithetic"}, "must be even, got 3 and 0"),
         ({"num_samples": 4, "first": 1, "method": "antithetic"}, "must be even, got 4 and 1"),
-        ({"num_samples": 4, "method": "sobol"}, "'antithetic' or 'iid', got 'sobol'"),
+        ({"num_samples": 4, "method": "sobol"}, "one of 'iid', 'antithetic', 'antithetic.orthogonal', got 'sobol'"),
         ({"num_samples": 4, "samples_per_pass": 0}, "samples_per_pass must be at least 1"),
         ({"num_samples": 4, "samples_per_pass": 3}, "even for antithetic"),
     ]:

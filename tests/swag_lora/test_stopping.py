@@ -8,7 +8,10 @@ from prediction_models import FIELDS, assert_same, fine_tune, texts
 
 from swag_kernels import AverageState, bayes_average_
 from swag_lora import Predictor, predict
-from swag_lora.stopping import PRIOR_DEVIATION, guarded_std_error
+from swag_lora.stopping import guarded_std_error, prior_deviation
+
+
+DEVIATION = prior_deviation(0.5)
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +39,12 @@ def test_examples_stop_when_they_are_sure(model_and_posterior, method):
                 getattr(prediction, name)[rows], getattr(fixed, name), rtol=1e-4, atol=1e-5, msg=name
             )
         draws = number / (2 if method == "antithetic" else 1)
-        guarded = ((fixed.std_error**2 * draws * (draws - 1) + PRIOR_DEVIATION**2) / draws**2).sqrt()
+        guarded = ((fixed.std_error**2 * draws * (draws - 1) + DEVIATION**2) / draws**2).sqrt()
         torch.testing.assert_close(prediction.std_error[rows], guarded, rtol=1e-3, atol=1e-5)
         if number > 4:
             before = predict(model, posterior, few, number - 4, method=method)
             draws -= 4 / (2 if method == "antithetic" else 1)
-            error = ((before.std_error.nan_to_num() ** 2 * draws * (draws - 1) + PRIOR_DEVIATION**2) / draws**2).sqrt()
+            error = ((before.std_error.nan_to_num() ** 2 * draws * (draws - 1) + DEVIATION**2) / draws**2).sqrt()
             assert (error > 0.999 * tolerance).any(1).all(), "it could have stopped before"
 
 
@@ -70,10 +73,10 @@ def test_antithetic_pairs_are_one_draw():
     pairs = torch.stack([p, p])[:, None].exp() + torch.stack([away, -away])[:, None]
     state = AverageState(1, 2, antithetic=True)
     bayes_average_(state, pairs.repeat(3, 1, 1).log())
-    torch.testing.assert_close(guarded_std_error(state), torch.full((1, 2), PRIOR_DEVIATION / 3))
+    torch.testing.assert_close(guarded_std_error(state, 0.5), torch.full((1, 2), DEVIATION / 3))
     iid = AverageState(1, 2)
     bayes_average_(iid, pairs.repeat(3, 1, 1).log())
-    torch.testing.assert_close(guarded_std_error(iid), torch.full((1, 2), math.sqrt(6 * 0.04 + PRIOR_DEVIATION**2) / 6))
+    torch.testing.assert_close(guarded_std_error(iid, 0.5), torch.full((1, 2), math.sqrt(6 * 0.04 + DEVIATION**2) / 6))
 
 
 def test_coverage(model_and_posterior):
