@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -77,16 +78,22 @@ def _fit(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from . import data, evaluate, tables
+    from . import data, evaluate, launch, tables
 
     _check_json(arguments.json)
     task = evaluate.Task.load(arguments.folder)
     dataset = data.load(arguments.data, ("test", "oos_test"), task.labels)
     task.check(dataset)
-    evaluator, posterior = evaluate.load_folder(arguments.folder, arguments.model, arguments.batch_size, show=True)
-    scale = task.scale if arguments.scale is None else arguments.scale
-    sampling = evaluate.Sampling(arguments.samples, arguments.seed, scale, arguments.method)
-    rows = evaluate.rows(arguments.folder, evaluator, posterior, dataset, sampling)
+    with launch.ranks(arguments.data_ranks) as mesh:
+        first = mesh is None or not any(mesh.get_coordinate() or ())
+        evaluator, posterior = evaluate.load_folder(arguments.folder, arguments.model, arguments.batch_size, show=first)
+        passes = evaluate.Passes(arguments.memory, mesh, arguments.resume)
+        evaluator = replace(evaluator, passes=passes)
+        scale = task.scale if arguments.scale is None else arguments.scale
+        sampling = evaluate.Sampling(arguments.samples, arguments.seed, scale, arguments.method, arguments.tolerance)
+        rows, computed = evaluate.rows(arguments.folder, evaluator, posterior, dataset, sampling)
+        if not first:
+            return
     counts = {name: len(examples) for name, examples in dataset.splits.items()}
     result = {
         "data": dataset.name,
@@ -94,11 +101,15 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         "samples": sampling.samples,
         "scale": scale,
         "seed": sampling.seed,
-        "method": "antithetic" if sampling.antithetic else "iid",
+        "method": sampling.resolved_method,
         "rows": rows,
     }
+    if sampling.tolerance is not None:
+        result["tolerance"] = sampling.tolerance
     caption = f"{counts['test']} test examples, {result['method']} samples at scale {scale:g}"
     tables.show(result, f"{arguments.folder} on {dataset.name}", caption, arguments.json)
+    if arguments.verbose:
+        tables.show_rows(computed)
 
 
 def _bench(arguments: argparse.Namespace) -> None:
@@ -157,8 +168,16 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data", required=True, help="folder with test and maybe oos_test, or hub data set")
     evaluate.add_argument("--model", help="the base model, if it is no longer where it was")
     evaluate.add_argument("--scale", type=_scale, help="of the covariance (what fit chose on validation data)")
-    evaluate.add_argument("--method", choices=("antithetic", "iid"), help="(antithetic for even --samples)")
+    methods = ("antithetic", "antithetic+orthogonal", "iid")
+    evaluate.add_argument("--method", choices=methods, help="(antithetic for even --samples)")
     evaluate.add_argument("--batch-size", type=_count, default=32)
+    evaluate.add_argument("--tolerance", type=_fraction, help="stop at this standard error, --samples at the most")
+    evaluate.add_argument("--memory", help="for weights and activations, such as 4GiB (chunks of a fixed size)")
+    evaluate.add_argument("--resume", type=Path, metavar="FOLDER", help="keep what is averaged there, go on from it")
+    evaluate.add_argument(
+        "--data-ranks", type=_count, default=1, help="under torchrun: ranks that share the examples (1)"
+    )
+    evaluate.add_argument("--verbose", action="store_true", help="print the rows that each layer computed")
     _sampling(evaluate)
     _seed_and_json(evaluate)
     evaluate.set_defaults(run=_evaluate)

@@ -95,7 +95,7 @@ def compare(
     history = fit(folder, model, examples, how, MAX_LENGTH, show)
     evaluator, posterior = load_folder(folder, show=show)
     sampling = Sampling(samples, how.seed, evaluator.task.scale)
-    table = rows(folder, evaluator, posterior, examples, sampling)
+    table, _ = rows(folder, evaluator, posterior, examples, sampling)
     seconds = {
         size: time_per_1000(evaluator, posterior, evaluator.encode(examples.split("test")), sampling, size, batches)
         for size, batches in ((16, 1), (1, 4))
@@ -126,13 +126,12 @@ def time_per_1000(
     evaluator = replace(evaluator, batch_size=batch_size)
     pool = [batch for _, batch in evaluator.batches(encoded)]
     chosen = [pool[(2 * i + 1) * len(pool) // (2 * batches)] for i in range(batches)]
-    weights = sampling.draw(posterior)
-    step = evaluator.samples_per_pass(encoded, sampling)
+    weights = posterior.draw(sampling.samples, sampling.seed, scale=sampling.scale, method=sampling.resolved_method)
     loop = Loop(evaluator.task, evaluator.model.eval(), posterior, sampling.scale)
     ways: dict[str, Predict] = {
         "loop": lambda batch: loop.resampled(batch, sampling.samples),
         "loop, weights kept": lambda batch: loop.kept(batch, weights, sampling.antithetic),
-        "one pass": evaluator.predictor(weights, step, sampling.antithetic),
+        "one pass": evaluator.predictor(posterior, encoded, sampling),
         "point estimate": evaluator.point_predictor(),
     }
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +13,17 @@ from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
-from . import memory
 from .data import Dataset, Example
 from .metrics import nll, report
-from .patch import SampledModel
 from .posterior import SwagPosterior
-from .predict import Prediction
-from .tasks import Task
-from .weights import SampledWeights
+from .prediction import Prediction
+from .predictor import Predictor
+from .ranks import Ranks
+from .stopping import draws_at_least
+from .tasks import Task, TaskForward
 
 POINT_ESTIMATES = {"map": "MAP, last epoch", "map-best": "MAP, best epoch"}
 SCALES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -37,22 +39,35 @@ Predict = Callable[[Mapping[str, Tensor]], Prediction]
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which samples are averaged. `method` None takes antithetic pairs where their number is even."""
+    """Which samples are averaged. `method` None takes antithetic pairs where their number is even.
+
+    With a `tolerance`, `samples` is the most that an example gets, see `predict`.
+    """
 
     samples: int = 32
     seed: int = 0
     scale: float = 0.5
     method: str | None = None
+    tolerance: float | None = None
+
+    @property
+    def resolved_method(self) -> str:
+        return self.method or ("antithetic" if self.antithetic else "iid")
 
     @property
     def antithetic(self) -> bool:
-        if self.method == "antithetic" and self.samples % 2:
+        if self.method not in (None, "iid") and self.samples % 2:
             raise ValueError(f"antithetic samples come in pairs, {self.samples} is odd; take method iid")
         return self.method != "iid" and self.samples % 2 == 0
 
-    def draw(self, posterior: SwagPosterior) -> SampledWeights:
-        method = "antithetic" if self.antithetic else "iid"
-        return posterior.draw(self.samples, self.seed, scale=self.scale, method=method)
+
+@dataclass(frozen=True)
+class Passes:
+    """How samples and examples go through the model, see `predict`; `resume` is a folder."""
+
+    memory: int | str | None = None
+    mesh: DeviceMesh | None = None
+    resume: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +79,7 @@ class Evaluator:
     tokenizer: PreTrainedTokenizerBase
     batch_size: int = 32
     show: bool = False
+    passes: Passes = Passes()
 
     def encode(self, examples: Sequence[Example]) -> Encoded:
         return self.task.encode(self.tokenizer, examples)
@@ -81,7 +97,7 @@ class Evaluator:
         """Predictions with the model's weights as they are."""
         training = self.model.training
         self.model.eval()
-        prediction = self._predict(encoded, self.point_predictor(_width(encoded)), title)
+        prediction = self.predict(encoded, self.point_predictor(_width(encoded)), title)
         self.model.train(training)
         return prediction
 
@@ -94,26 +110,47 @@ class Evaluator:
 
         return predict
 
-    def sampled(self, posterior: SwagPosterior, encoded: Encoded, sampling: Sampling, title: str = "") -> Prediction:
-        """Predictions averaged over samples."""
-        self.check_memory(posterior, encoded, sampling)
-        step = self.samples_per_pass(encoded, sampling)
-        predict = self.predictor(sampling.draw(posterior), step, sampling.antithetic, _width(encoded))
-        return self._predict(encoded, predict, title)
+    def sampled(
+        self, posterior: SwagPosterior, encoded: Encoded, sampling: Sampling, title: str = "", part: str = "examples"
+    ) -> Prediction:
+        """Predictions averaged over samples; `part` names the file in the folder to resume from."""
+        return self.predict(encoded, self.predictor(posterior, encoded, sampling, part), title)
 
-    def predictor(self, weights: SampledWeights, step: int, antithetic: bool, width: int | None = None) -> Predict:
-        """Predicts a batch with the average over `weights`, `step` samples in one pass."""
-        parts = [SampledWeights(weights.layout, rows) for rows in weights.buffer.split(step)]
-        passes = [SampledModel(self.model, part).eval() for part in parts]
+    def predictor(
+        self, posterior: SwagPosterior, encoded: Encoded, sampling: Sampling, part: str = "examples"
+    ) -> Predictor:
+        """Predicts a batch of the split with the average over samples."""
+        passes = self.passes
+        fixed = sampling.tolerance is None
+        if passes.resume is not None:
+            passes.resume.mkdir(parents=True, exist_ok=True)
+        return Predictor(
+            self.model,
+            posterior,
+            sampling.samples if fixed else None,
+            max_samples=None if fixed else sampling.samples,
+            seed=sampling.seed,
+            scale=sampling.scale,
+            method=sampling.resolved_method,
+            tolerance=sampling.tolerance,
+            samples_per_pass=self.samples_per_pass(encoded, sampling) if passes.memory is None else None,
+            examples_per_pass=-(-self.batch_size // Ranks.of(passes.mesh).data),
+            memory=passes.memory,
+            mesh=passes.mesh,
+            resume=None if passes.resume is None else passes.resume / f"{part}.safetensors",
+            forward=TaskForward(self.task, _width(encoded)),
+        )
 
-        @torch.no_grad()
-        def predict(batch: Mapping[str, Tensor]) -> Prediction:
-            logits = torch.cat([self.task.logits(sampled, batch, width) for sampled in passes])
-            return Prediction.from_logits(logits, antithetic)
+    def prepared(self, posterior: SwagPosterior, encoded: Encoded, sampling: Sampling, part: str) -> Predictor:
+        """`predictor`, after its plan for the longest batch."""
+        predictor = self.predictor(posterior, encoded, sampling, part)
+        for _, batch in self.batches(encoded):
+            longest = batch
+        predictor.plan(longest)
+        return predictor
 
-        return predict
-
-    def _predict(self, encoded: Encoded, predict: Predict, title: str) -> Prediction:
+    def predict(self, encoded: Encoded, predict: Predict, title: str) -> Prediction:
+        """The prediction for a split, in its order, batch by batch."""
         total = -(-len(encoded) // self.batch_size)
         console = Console(stderr=True)
         places, parts = [], []
@@ -124,8 +161,7 @@ class Evaluator:
             parts.append(predict(batch).to("cpu"))
         joined = Prediction.cat(parts)
         order = torch.tensor(places).argsort()
-        columns = {name: value[order] for name, value in vars(joined).items() if isinstance(value, Tensor)}
-        return Prediction(**columns, num_samples=joined.num_samples)
+        return joined.select(order)
 
     def _tokens(self, encoded: Encoded) -> int:
         """Of the largest batch."""
@@ -133,26 +169,13 @@ class Evaluator:
         return min(self.batch_size, len(encoded)) * rows * max(example["length"] for example in encoded)
 
     def samples_per_pass(self, encoded: Encoded, sampling: Sampling) -> int:
-        """All of them, or as many as `_TOKENS_PER_PASS` allows for the largest batch."""
+        """All of them, or as many as `_TOKENS_PER_PASS` allows for the largest batch; the least where each may be the last."""
         device = next(self.model.parameters()).device.type
-        step = max(1, _TOKENS_PER_PASS.get(device, 4096) // self._tokens(encoded))
-        return min(sampling.samples, max(2, step - step % 2) if sampling.antithetic else step)
-
-    def check_memory(self, posterior: SwagPosterior, encoded: Encoded, sampling: Sampling) -> None:
-        """Raises a ValueError that says how many samples fit, if `sampling` asks for more."""
-        step = self.samples_per_pass(encoded, sampling)
-        config: Any = self.model.config
-        config = config.get_text_config()
-        hidden = getattr(config, "hidden_size", 1024)
-        # Query, key, value, attention, residual and the feed-forward's inside, before and after its activation.
-        per_token = 8 * hidden + 2 * (getattr(config, "intermediate_size", None) or 4 * hidden)
-        size = torch.float32.itemsize
-        memory.check_samples(
-            sampling.samples,
-            posterior.layout.size * size,
-            step * self._tokens(encoded) * per_token * size,
-            posterior.device,
-        )
+        group = 2 if sampling.antithetic else 1
+        step = max(group, _TOKENS_PER_PASS.get(device, 4096) // self._tokens(encoded) // group * group)
+        if sampling.tolerance is not None:
+            step = min(step, group * -(-draws_at_least(sampling.tolerance, sampling.scale) // 2))
+        return min(sampling.samples, step)
 
 
 def choose_scale(evaluator: Evaluator, posterior: SwagPosterior, encoded: Encoded, seed: int = 0) -> dict[float, float]:
@@ -190,28 +213,46 @@ def load_folder(
 
 def rows(
     folder: str | Path, evaluator: Evaluator, posterior: SwagPosterior, dataset: Dataset, sampling: Sampling
-) -> list[dict[str, Any]]:
-    """The metrics on the test split, and on `oos_test` if there is one, of each saved point estimate, SWA and SWAG."""
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """The metrics on the test split, and on `oos_test` if there is one, of each saved point estimate, SWA and SWAG.
+
+    Also how many rows each module computed for SWAG, see `SampledModel.rows_computed`.
+    """
     test = evaluator.encode(dataset.split("test"))
     outside = evaluator.encode(dataset.splits["oos_test"]) if "oos_test" in dataset.splits else None
-    for encoded in filter(None, (test, outside)):
-        evaluator.check_memory(posterior, encoded, sampling)
     labels = _labels(test)
+    # Before anything is computed: what is wrong with a budget or with a file to go on from shows here.
+    predictors = {
+        part: evaluator.prepared(posterior, encoded, sampling, part)
+        for part, encoded in (("test", test), ("oos_test", outside))
+        if encoded
+    }
 
-    def row(name: str, samples: int, predict: Callable[[Encoded, str], Prediction]) -> dict[str, Any]:
-        ood = predict(outside, f"{name}, out of distribution") if outside else None
-        return {"name": name, "samples": samples, **report(predict(test, name), labels, ood)}
+    def row(name: str, samples: int, predict: Callable[[Encoded, str, str], Prediction]) -> dict[str, Any]:
+        ood = predict(outside, f"{name}, out of distribution", "oos_test") if outside else None
+        inside = predict(test, name, "test")
+        drawn = torch.as_tensor(inside.num_samples).double().mean().item()
+        return {"name": name, "samples": samples, "samples_drawn": drawn, **report(inside, labels, ood)}
 
+    def point(encoded: Encoded, title: str, part: str) -> Prediction:
+        return evaluator.point(encoded, title)
+
+    def sampled(encoded: Encoded, title: str, part: str) -> Prediction:
+        prediction = evaluator.predict(encoded, predictors[part], title)
+        computed.update(predictors[part].rows_computed)
+        return prediction
+
+    computed: Counter[str] = Counter()
     table = []
     for part, name in POINT_ESTIMATES.items():
         if (Path(folder) / part).is_dir():
             set_peft_model_state_dict(evaluator.model, load_peft_weights(str(Path(folder) / part)))
-            table.append(row(name, 1, evaluator.point))
+            table.append(row(name, 1, point))
     posterior.load_mean()
-    table.append(row("SWA (mean)", 1, evaluator.point))
-    name = f"SWAG, K={sampling.samples}"
-    table.append(row(name, sampling.samples, lambda e, title: evaluator.sampled(posterior, e, sampling, title)))
-    return table
+    table.append(row("SWA (mean)", 1, point))
+    most = "K=" if sampling.tolerance is None else "K up to "
+    table.append(row(f"SWAG, {most}{sampling.samples}", sampling.samples, sampled))
+    return table, dict(computed)
 
 
 def _labels(encoded: Encoded) -> Tensor:

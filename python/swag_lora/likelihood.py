@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from .language_model import IGNORED, answers_of_rows, check_tokens, labels_to_predict, language_model
 from .output_head import SplitModel, vocabulary_size
 from .patch import SampledModel
-from .predict import Posterior, Prediction
+from .prediction import Prediction
+from .predictor import Posterior, resolve_method
 from .token_average import TokenAverage
 
 

@@ -1,4 +1,4 @@
-"""Whether a number of samples fits into memory, asked before anything is allocated."""
+"""How much memory there is, how much is asked for, and how much something takes."""
 
 from __future__ import annotations
 
@@ -86,27 +86,6 @@ class PeakBytes(TorchDispatchMode):
 
 def _has_memory(value: Any) -> bool:
     return isinstance(value, Tensor) and not isinstance(value, SharedRows)
-
-
-def check_samples(samples: int, bytes_each: int, bytes_activations: int, device: torch.device) -> None:
-    """Refuse more samples than fit.
-
-    Args:
-        samples: how many weight vectors are to be held.
-        bytes_each: of one weight vector.
-        bytes_activations: of one forward pass.
-
-    Raises:
-        ValueError: naming what is needed, what is there, and how many samples fit.
-    """
-    free = available(device)
-    if samples * bytes_each + bytes_activations <= free:
-        return
-    fit = max(0, free - bytes_activations) // bytes_each
-    raise ValueError(
-        f"{samples} samples need {text(samples * bytes_each)} for weights and {text(bytes_activations)} for "
-        f"activations, {text(free)} of memory is free: at most {fit} samples fit (--samples)"
-    )
 
 
 def text(size: int) -> str:

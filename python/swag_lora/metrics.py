@@ -112,7 +112,7 @@ def report(
     }
     if ood is not None:
         scores = ["entropy"]
-        if min(prediction.num_samples, ood.num_samples) > 1:
+        if min(int(torch.as_tensor(p.num_samples).min()) for p in (prediction, ood)) > 1:
             scores.append("mutual_information")
         for score in scores:
             inside, outside = getattr(prediction, score), getattr(ood, score)

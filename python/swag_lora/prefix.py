@@ -86,4 +86,9 @@ class Prefix:
 
 
 def _same(a: object, b: object) -> bool:
-    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
+    """Whether two arguments are the same memory, or equal where they are no tensors."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or (
+            a.data_ptr() == b.data_ptr() and (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+        )
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b

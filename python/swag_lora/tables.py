@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,6 +49,20 @@ def show(result: Mapping[str, Any], title: str, caption: str, target: str | None
     console.print(table(result["rows"]))
     console.print(caption, soft_wrap=True)
     write_json(result, target)
+
+
+def show_rows(computed: Mapping[str, int]) -> None:
+    """Print the rows that each layer computed, on the standard error: the most of any of its modules."""
+    layers: dict[str, int] = {}
+    for name, rows in computed.items():
+        found = re.match(r"(.*?\.\d+)(?:\.|$)", name)
+        layer = found[1] if found else name
+        layers[layer] = max(rows, layers.get(layer, 0))
+    result = Table("layer", box=SIMPLE_HEAD, show_edge=False)
+    result.add_column("rows computed", justify="right")
+    for layer, rows in layers.items():
+        result.add_row(Text(layer.removeprefix("base_model.model.")), f"{rows:,}")
+    Console(stderr=True, highlight=False).print(result)
 
 
 def write_json(result: Mapping[str, Any], target: str | None) -> None:

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING
 
 from .data import Dataset, Example
+from .forward import Forward
 
 TASK_FILE = "task.json"
 
@@ -179,6 +180,29 @@ class Task:
         grouped = scores.new_full((*scores.shape[:-1], *there.shape), _NO_CHOICE)
         grouped[..., there] = scores
         return grouped
+
+
+@dataclass(frozen=True)
+class TaskForward(Forward):
+    """How a collated batch goes through the model of a task; `width` is the number of classes, the most choices."""
+
+    task: Task
+    width: int | None = None
+
+    def size(self, inputs: dict[str, Any]) -> int:
+        return len(inputs["sizes"]) if self.task.is_choice else super().size(inputs)
+
+    def select(self, inputs: dict[str, Any], examples: slice | Tensor) -> dict[str, Any]:
+        if not self.task.is_choice:
+            return super().select(inputs, examples)
+        sizes = inputs["sizes"]
+        first = sizes.cumsum(0) - sizes
+        chosen = torch.arange(len(sizes), device=sizes.device)[examples]
+        rows = torch.cat([torch.arange(first[i], first[i] + sizes[i], device=sizes.device) for i in chosen.tolist()])
+        return {name: value[chosen if name == "sizes" else rows] for name, value in inputs.items()}
+
+    def logits(self, sampled: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        return self.task.logits(sampled, inputs, self.width)
 
 
 def _absolute(model: str | Path) -> str:

@@ -12,7 +12,6 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from swag_lora import memory
 from swag_lora.cli import main
 
 FAST = ["--epochs", "12", "--collections", "3", "--rank", "3", "--batch-size", "8", "--lr", "0.03", "--threads", "1"]
@@ -249,21 +248,59 @@ def test_labels_that_do_not_match_the_model(home, tmp_path, capsys):
     assert "does not fit a task of 3 classes" in line
 
 
-def test_more_samples_than_memory_holds(home, capsys, monkeypatch):
-    monkeypatch.setattr(memory, "available", lambda device: 100 * 2**20)
-    line = refused(capsys, "evaluate", home / "colors-fit", "--data", home / "colors", "--samples", "1000000")
-    assert "of memory is free: at most" in line
-    fits = int(line.split("at most ")[1].split()[0])
-    assert 100 < fits < 100_000
-    each = 100 * 2**20 / fits
-    assert each == pytest.approx(4 * _arena(home), rel=0.2)
+def test_a_budget_that_no_sample_fits(home, capsys):
+    line = refused(capsys, "evaluate", home / "colors-fit", "--data", home / "colors", "--memory", "1KiB")
+    assert "less than one draw needs" in line
+    line = refused(capsys, "evaluate", home / "colors-fit", "--data", home / "colors", "--memory", "much")
+    assert 'a text such as "4GiB"' in line
 
 
-def _arena(home):
-    from safetensors import safe_open
+def test_more_samples_than_memory_holds(home, capsys):
+    small = evaluate(home, capsys, "colors", "--samples", "64", "--memory", "2MiB")["rows"][-1]
+    whole = evaluate(home, capsys, "colors", "--samples", "64")["rows"][-1]
+    assert small["nll"] == pytest.approx(whole["nll"], rel=1e-5)
 
-    with safe_open(home / "colors-fit" / "swag_posterior.safetensors", framework="pt") as file:
-        return len(file.get_tensor("mean"))
+
+def test_until_sure(home, capsys):
+    sure = evaluate(home, capsys, "colors", "--samples", "64", "--tolerance", "0.03")
+    assert sure["tolerance"] == 0.03 and sure["rows"][-1]["name"] == "SWAG, K up to 64"
+    assert 4 <= sure["rows"][-1]["samples_drawn"] < 64
+    assert "tolerance" in refused(
+        capsys, "evaluate", home / "colors-fit", "--data", home / "colors", "--tolerance", "0"
+    )
+
+
+def test_choices_are_examples_too(home, capsys):
+    """Questions have two to four choices: an example that leaves takes all its rows with it."""
+    sure = evaluate(home, capsys, "questions", "--samples", "64", "--tolerance", "0.02")["rows"][-1]
+    whole = evaluate(home, capsys, "questions", "--samples", "64")["rows"][-1]
+    assert sure["samples_drawn"] < 64 and abs(sure["nll"] - whole["nll"]) < 0.02
+
+
+def test_rows_of_each_layer(home, capsys):
+    evaluate(home, capsys, "colors", "--samples", "4")
+    assert (
+        main(["evaluate", *map(str, (home / "colors-fit", "--data", home / "colors", "--samples", 4, "--verbose"))])
+        == 0
+    )
+    told = capsys.readouterr().err
+    rows = {line.split()[0]: line.split()[1] for line in told.splitlines() if "encoder.layer" in line}
+    assert list(rows) == ["bert.encoder.layer.0", "bert.encoder.layer.1"]
+    assert set(rows.values()) == {str(4 * (24 + 8))}, "4 samples of the test examples and those of oos_test"
+
+
+def test_resume_goes_on_from_the_folder(home, capsys, tmp_path):
+    expected = evaluate(home, capsys, "colors", "--samples", "8")
+    begun = evaluate(home, capsys, "colors", "--samples", "8", "--resume", str(tmp_path / "state"))
+    assert begun == expected
+    files = {file.name: file.read_bytes() for file in (tmp_path / "state").iterdir()}
+    assert set(files) == {"test.safetensors", "oos_test.safetensors"}
+    assert evaluate(home, capsys, "colors", "--samples", "8", "--resume", str(tmp_path / "state")) == expected
+    line = refused(
+        capsys, "evaluate", home / "colors-fit", "--data", home / "colors", "--samples", "8", "--seed", "1",
+        "--resume", tmp_path / "state",
+    )  # fmt: skip
+    assert "belongs to another posterior or to other arguments" in line
 
 
 def test_odd_samples_are_no_pairs(home, capsys):

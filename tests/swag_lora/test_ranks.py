@@ -1,5 +1,8 @@
 """One prediction by one to four processes: the same bits, and errors that reach all of them."""
 
+import contextlib
+import io
+import json
 import os
 import signal
 import time
@@ -11,6 +14,7 @@ from ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 
 from swag_lora import Prediction, predict
+from swag_lora.cli import main
 
 CASES = {
     "fixed": {"num_samples": 22, "samples_per_pass": 4},
@@ -157,3 +161,23 @@ def exchanged():
     state.log_sum.copy_(torch.tensor([[-torch.inf, 1e-30 + ranks.sample_rank]]))
     state.count += ranks.sample_rank + 1
     return [vars(one) for one in ranks.gather(state, 2)]
+
+
+def command(folder, data):
+    """`swag-lora evaluate` as torchrun starts it; what each rank printed to its standard output."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+        status = main(["evaluate", folder, "--data", data, "--samples", "8", "--json", "-"])
+    return status, out.getvalue()
+
+
+def test_the_command_under_a_launcher(home, tmp_path):
+    """One rank prints the result, which is that of one process up to the rounding of other chunks."""
+    fit = ["fit", str(home / "bert"), "--data", str(home / "colors"), "--output", str(tmp_path / "fit")]
+    assert main([*fit, "--epochs", "1", "--collections", "2", "--rank", "2", "--max-length", "16"]) == 0
+    ((_, alone),) = run_ranks(command, 1, str(tmp_path / "fit"), str(home / "colors"))
+    (first, printed), (second, nothing) = run_ranks(command, 2, str(tmp_path / "fit"), str(home / "colors"))
+    assert first == second == 0 and nothing == ""
+    one, two = json.loads(alone), json.loads(printed)
+    for name, value in one["rows"][-1].items():
+        assert two["rows"][-1][name] == pytest.approx(value, rel=1e-4), name
