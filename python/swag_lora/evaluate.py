@@ -173,6 +173,7 @@ class Evaluator:
         device = next(self.model.parameters()).device.type
         group = 2 if sampling.antithetic else 1
         step = max(group, _TOKENS_PER_PASS.get(device, 4096) // self._tokens(encoded) // group * group)
+        step = min(step, group * -(-sampling.samples // group // Ranks.of(self.passes.mesh).samples))
         if sampling.tolerance is not None:
             step = min(step, group * -(-draws_at_least(sampling.tolerance, sampling.scale) // 2))
         return min(sampling.samples, step)

@@ -93,6 +93,15 @@ class Prediction:
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """The average over one chunk of samples; its rows are examples of this shape, its logits were of this dtype."""
+
+    state: AverageState
+    shape: torch.Size
+    dtype: torch.dtype
+
+
 class Average:
     """Streams logits [S, ..., C] of successive chunks of samples into one average over all of them.
 
@@ -106,22 +115,22 @@ class Average:
         self.shape: torch.Size = torch.Size()
         self._dtype = torch.float32
 
-    def chunk(self, logits: Tensor) -> AverageState:
+    def chunk(self, logits: Tensor) -> Chunk:
         """The average over one chunk alone."""
         if logits.ndim < 3:
             raise ValueError(f"logits must be [S, ..., C] with a sample axis, got {list(logits.shape)}")
-        self.shape = logits.shape[1:-1]
-        self._dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         rows = logits.detach().flatten(1, -2)
-        state = AverageState(rows.shape[1], rows.shape[2], logits.device, self.antithetic, self._dtype)
+        state = AverageState(rows.shape[1], rows.shape[2], logits.device, self.antithetic, dtype)
         bayes_average_(state, rows)
-        return state
+        return Chunk(state, logits.shape[1:-1], dtype)
 
-    def merge(self, chunk: AverageState) -> None:
+    def merge(self, chunk: Chunk) -> None:
+        """Take in the next chunk."""
+        self.shape, self._dtype, state = chunk.shape, chunk.dtype, chunk.state
         if self.state is None:
-            device, classes = chunk.device, chunk.num_classes
-            self.state = AverageState(chunk.batch, classes, device, self.antithetic, torch.float64)
-        self.state.merge_(chunk)
+            self.state = AverageState(state.batch, state.num_classes, state.device, self.antithetic, torch.float64)
+        self.state.merge_(state)
 
     def add(self, logits: Tensor) -> None:
         self.merge(self.chunk(logits))

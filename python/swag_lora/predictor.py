@@ -13,15 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from swag_kernels import AverageState
-
 from . import plan
 from .drawing import Method
 from .forward import Forward
 from .memory import parse as parse_memory
 from .patch import SampledModel
 from .plan import Costs, Plan
-from .prediction import Average, Prediction
+from .prediction import Average, Chunk, Prediction
 from .progress import Part, Progress
 from .ranks import Ranks
 from .sample_axis import leading
@@ -158,8 +156,8 @@ class Predictor:
         if self.tolerance is not None:
             return self._until_sure(inputs, chosen, average, self.tolerance)
         done = part.restore(average)
-        for state in self._states(inputs, done, chosen, average):
-            average.merge(state)
+        for found in self._chunks(inputs, done, chosen, average):
+            average.merge(found)
             done += 1
             part.save(average, done)
         return average.prediction()
@@ -170,8 +168,8 @@ class Predictor:
         found: list[tuple[Tensor, Prediction]] = []
         last, chunk = -(-self.num_samples // chosen.samples), 0
         while len(places):
-            for state in self._states(inputs, chunk, chosen, average):
-                average.merge(state)
+            for one in self._chunks(inputs, chunk, chosen, average):
+                average.merge(one)
                 chunk += 1
                 now = average.prediction(guarded=self._scale)
                 sure = is_sure(now.std_error, tolerance) if chunk < last else torch.ones_like(places, dtype=torch.bool)
@@ -185,12 +183,12 @@ class Predictor:
         order = torch.cat([rows for rows, _ in found]).argsort()
         return Prediction.cat([part for _, part in found]).select(order)
 
-    def _states(self, inputs: dict[str, Any], chunk: int, chosen: Plan, average: Average) -> Iterator[AverageState]:
-        """The averages over the samples of one chunk after the other, from number `chunk` on."""
+    def _chunks(self, inputs: dict[str, Any], chunk: int, chosen: Plan, average: Average) -> Iterator[Chunk]:
+        """The average over one chunk of samples after the other, from number `chunk` on."""
         last, opened = -(-self.num_samples // chosen.samples), False
         with ExitStack() as stack:
             for first in range(chunk, last, self._ranks.samples):
-                state, mine = None, first + self._ranks.sample_rank
+                found, mine = None, first + self._ranks.sample_rank
                 if mine < last:
                     start = mine * chosen.samples
                     sampled = self._bind(self._weights(start, min(chosen.samples, self.num_samples - start)))
@@ -198,8 +196,8 @@ class Predictor:
                         stack.enter_context(sampled.same_batch())
                         opened = True
                     logits = self._forward.logits(sampled, inputs)
-                    state = average.chunk(logits)
-                yield from self._ranks.gather(state, min(self._ranks.samples, last - first))
+                    found = average.chunk(logits)
+                yield from self._ranks.gather(found, min(self._ranks.samples, last - first))
 
     def _bind(self, weights: Mapping[str, Tensor]) -> SampledModel:
         if self._sampled is None:

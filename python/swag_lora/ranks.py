@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from swag_kernels import AverageState
 
 from .plan import Plan
-from .prediction import Prediction
+from .prediction import Chunk, Prediction
 
 DIMENSIONS = ("samples", "data")
 _STATE = ("log_sum", "m2", "votes", "mean_entropy")
@@ -96,29 +96,28 @@ class Ranks:
             found |= theirs
         return [found[i].to(device) for i in range(parts)]
 
-    def gather(self, mine: AverageState | None, chunks: int) -> list[AverageState]:
-        """The states of one round, in the order of their chunks; `mine` is None where no chunk was left.
+    def gather(self, mine: Chunk | None, chunks: int) -> list[Chunk]:
+        """The chunks of one round, in order; `mine` is None where none was left.
 
         Every rank adds its state to zeros of all ranks' places: exact, whatever the order of the sum.
         """
         if self.samples == 1:
             assert mine is not None
             return [mine]
-        told = None if mine is None else (mine.batch, mine.num_classes, mine.antithetic, mine.dtype, mine.num_samples)
-        states = [None if one is None else _empty(*one, device=self._device()) for one in self._along("samples", told)]
-        flat = _flat(next(state for state in states if state is not None) if mine is None else mine)
+        found = [None if one is None else _empty(one, self._device()) for one in self._along("samples", _outline(mine))]
+        flat = _flat((mine or next(one for one in found if one is not None)).state)
         places = flat.new_zeros(self.samples, flat.numel())
         if mine is not None:
             places[self.sample_rank] = flat
         dist.all_reduce(places, group=self._group("samples"))
-        found = []
-        for place, state in zip(places, states[:chunks], strict=False):
-            assert state is not None
-            parts = place.split([getattr(state, name).numel() for name in _STATE])
+        complete = []
+        for place, chunk in zip(places, found[:chunks], strict=False):
+            assert chunk is not None
+            parts = place.split([getattr(chunk.state, name).numel() for name in _STATE])
             for name, part in zip(_STATE, parts, strict=True):
-                getattr(state, name).copy_(part.view_as(getattr(state, name)))
-            found.append(state)
-        return found
+                getattr(chunk.state, name).copy_(part.view_as(getattr(chunk.state, name)))
+            complete.append(chunk)
+        return complete
 
     def smallest(self, mine: Plan) -> Plan:
         """One plan for all: what fits everywhere."""
@@ -164,12 +163,20 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def _empty(
-    batch: int, classes: int, antithetic: bool, dtype: torch.dtype, num_samples: int, device: torch.device
-) -> AverageState:
-    state = AverageState(batch, classes, device, antithetic, dtype)
+def _outline(chunk: Chunk | None) -> tuple[Any, ...] | None:
+    """All that sizes and names a chunk's state."""
+    if chunk is None:
+        return None
+    state = chunk.state
+    sizes = (state.batch, state.num_classes, state.antithetic, state.dtype, state.num_samples)
+    return *sizes, tuple(chunk.shape), chunk.dtype
+
+
+def _empty(outline: tuple[Any, ...], device: torch.device) -> Chunk:
+    batch, classes, antithetic, kind, num_samples, shape, dtype = outline
+    state = AverageState(batch, classes, device, antithetic, kind)
     state.count += num_samples
-    return state
+    return Chunk(state, torch.Size(shape), dtype)
 
 
 def _flat(state: AverageState) -> Tensor:

@@ -196,10 +196,10 @@ class TaskForward(Forward):
         if not self.task.is_choice:
             return super().select(inputs, examples)
         sizes = inputs["sizes"]
-        first = sizes.cumsum(0) - sizes
         chosen = torch.arange(len(sizes), device=sizes.device)[examples]
-        rows = torch.cat([torch.arange(first[i], first[i] + sizes[i], device=sizes.device) for i in chosen.tolist()])
-        return {name: value[chosen if name == "sizes" else rows] for name, value in inputs.items()}
+        of_example = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
+        order = torch.cat([(of_example == i).nonzero()[:, 0] for i in chosen.tolist()] or [chosen])
+        return {name: value[chosen if name == "sizes" else order] for name, value in inputs.items()}
 
     def logits(self, sampled: nn.Module, inputs: dict[str, Any]) -> Tensor:
         return self.task.logits(sampled, inputs, self.width)
