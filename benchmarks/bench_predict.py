@@ -8,13 +8,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging
 
-from harness import Row, alternate, compare
-from swag_lora import Prediction, Predictor, SampledModel, SampledWeights, SwagPosterior, predict
-from swag_lora.demo import encoder, fit_demo_posterior
+from harness import alternate, compare
+from swag_lora import Prediction, Predictor, SwagPosterior, predict
+from swag_lora.demo import encoder
 from swag_lora.published import PublishedSwag
 
 SAMPLES, LENGTH, RANK = 16, 32, 20
-DRAWS, EXAMPLES = 256, 24
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -95,34 +94,3 @@ def bench_one_pass(fine_tune, report, benchmark, batch_size):
     finally:
         for param, value in zip(random, trained, strict=True):
             param.data = value
-
-
-def bench_antithetic(tmp_path_factory, report, benchmark):
-    """Variance of the averaged probabilities over repeated draws of S samples, mean over examples and classes."""
-    evaluator, posterior, examples = fit_demo_posterior(tmp_path_factory.mktemp("demo"))
-    _, batch = next(evaluator.batches(evaluator.encode(examples.split("test")[:EXAMPLES])))
-
-    @torch.no_grad()
-    def probabilities(method: str) -> torch.Tensor:
-        weights = posterior.draw(DRAWS, seed=1, method=method)
-        parts = [SampledWeights(weights.layout, part) for part in weights.buffer.split(8)]
-        sampled = SampledModel(evaluator.model.eval(), parts[0])
-        logits = []
-        for part in parts:
-            sampled.set_weights(part)
-            logits.append(evaluator.task.logits(sampled, batch))
-        return torch.cat(logits).double().softmax(-1)
-
-    iid, antithetic = probabilities("iid"), probabilities("antithetic")
-
-    def variance(probs: torch.Tensor, samples: int) -> float:
-        return probs.unflatten(0, (-1, samples)).mean(1).var(0).mean().item()
-
-    rows = []
-    for samples in (2, 4, 8, 16):
-        ours, theirs = variance(antithetic, samples), variance(iid, samples)
-        ratio = theirs / ours
-        case = f"variance of the averaged probability, demo's posterior, S={samples}, scale 0.5: antithetic"
-        rows.append(Row(case, "iid", ours, theirs, ratio, ratio, ratio, 5.0, unit=""))
-    report(rows)
-    benchmark.pedantic(lambda: posterior.draw(32, seed=0), rounds=5, warmup_rounds=1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ METHODS = ("iid", "antithetic", "antithetic+orthogonal")
 SIZES = (2, 4, 8, 16, 32)
 REPETITIONS, EXAMPLES, SCALE = 16, 16, 0.5
 SOURCES = {"demo": None} | ({"clinc150": os.environ["CLINC150"]} if "CLINC150" in os.environ else {})
+FITS = os.environ.get("FITS")
+"""A folder where fitted posteriors are kept from one run to the next."""
 _PER_PASS, _RESAMPLES = 8, 200
 
 logging.set_verbosity_error()
@@ -32,7 +35,8 @@ logging.disable_progress_bar()
 @pytest.mark.parametrize("name", SOURCES)
 def bench_variance(name, tmp_path_factory, report, benchmark):
     """Variance over repetitions of the averaged probabilities and of the mutual information, at equal numbers of passes."""
-    evaluator, posterior, examples = fit_demo_posterior(tmp_path_factory.mktemp(name), SOURCES[name])
+    home = Path(FITS) if FITS else tmp_path_factory.mktemp("fits")
+    evaluator, posterior, examples = fit_demo_posterior(home / name, SOURCES[name])
     shortest = sorted(evaluator.encode(examples.split("test")[: 6 * EXAMPLES]), key=lambda e: e["length"])[:EXAMPLES]
     _, batch = next(evaluator.batches(shortest))
     probs = {method: probabilities(evaluator, posterior, batch, method) for method in METHODS}

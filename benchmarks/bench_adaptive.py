@@ -1,0 +1,101 @@
+"""Sampling until sure, against the published loop with 32 independent samples, at equal error or less.
+
+On the demo's posterior, and with CLINC150 in the environment, the folder of that data set, on one trained on a part of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from rich.table import Table
+from torch import Tensor
+from transformers.utils import logging
+
+from harness import alternate, compare
+from swag_lora import Prediction
+from swag_lora.demo import fit_demo_posterior
+from swag_lora.evaluate import Sampling
+from swag_lora.loop import Loop
+
+EXAMPLES, BATCH, SAMPLES, MOST = 32, 16, 32, 512
+TOLERANCE = {"demo": 0.03, "clinc150": 0.02}
+REFERENCE_SAMPLES, REPETITIONS = 512, 3
+SOURCES = {"demo": None} | ({"clinc150": os.environ["CLINC150"]} if "CLINC150" in os.environ else {})
+FITS = os.environ.get("FITS")
+"""A folder where fitted posteriors are kept from one run to the next."""
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SOURCES)
+def bench_until_sure(name, tmp_path_factory, report, benchmark):
+    home = Path(FITS) if FITS else tmp_path_factory.mktemp("fits")
+    evaluator, posterior, examples = fit_demo_posterior(home / name, SOURCES[name])
+    encoded = evaluator.encode(examples.split("test")[:EXAMPLES])
+    scale = evaluator.task.scale
+    evaluator.model.eval()
+    batches = [
+        batch
+        for _, batch in type(evaluator)(evaluator.task, evaluator.model, evaluator.tokenizer, BATCH).batches(encoded)
+    ]
+
+    def average(sampling: Sampling) -> list[Prediction]:
+        predictor = evaluator.predictor(posterior, encoded, sampling)
+        return [predictor(batch) for batch in batches]
+
+    def until_sure(seed: int = 0) -> list[Prediction]:
+        return average(Sampling(MOST, seed, scale, "antithetic", TOLERANCE[name]))
+
+    reference = joined(average(Sampling(REFERENCE_SAMPLES, 1000, scale, "antithetic")))
+    loop = Loop(evaluator.task, evaluator.model, posterior, scale)
+    try:
+        published = rms([joined([loop.resampled(batch, SAMPLES) for batch in batches])], reference)
+    finally:
+        posterior.load_mean()
+    independent = rms(
+        [joined(average(Sampling(SAMPLES, seed, scale, "iid"))) for seed in range(REPETITIONS)], reference
+    )
+    found = [joined(until_sure(seed)) for seed in range(REPETITIONS)]
+    mine = rms(found, reference)
+    assert mine <= min(independent, published), f"RMS error {mine:.2e}, of 32 independent samples {independent:.2e}"
+    covered = torch.stack([(f.probs - reference.probs).abs() <= 3 * f.std_error for f in found]).double().mean().item()
+    assert covered >= 0.99, f"{covered:.4f} of the probabilities are within three standard errors"
+    drawn = torch.stack([torch.as_tensor(f.num_samples, dtype=torch.float64) for f in found])
+
+    try:
+        seconds = alternate(
+            {
+                "until sure": until_sure,
+                "published loop, 32 samples": lambda: [loop.resampled(batch, SAMPLES) for batch in batches],
+            },
+            rounds=5,
+            warmup=1,
+        )
+    finally:
+        posterior.load_mean()
+    case = f"{name}, {EXAMPLES} examples in batches of {BATCH}, antithetic until {TOLERANCE[name]}"
+    table = Table(title=f"{case}: error of a probability", title_justify="left")
+    for column in ("", "samples", "RMS error"):
+        table.add_column(column)
+    table.add_row("until sure", f"{drawn.mean():.1f} ({drawn.min():.0f} – {drawn.max():.0f})", f"{mine:.2e}")
+    table.add_row("independent", str(SAMPLES), f"{independent:.2e}")
+    table.add_row("published loop", str(SAMPLES), f"{published:.2e}")
+    table.add_row("within 3 standard errors", "", f"{covered:.4f}")
+    target = 6.0 if name == "clinc150" else None
+    report(compare(case, seconds, "until sure", {"published loop, 32 samples": target}), table)
+    benchmark.pedantic(until_sure, rounds=2, warmup_rounds=0)
+
+
+def joined(predictions: Sequence[Prediction]) -> Prediction:
+    return Prediction.cat(predictions)
+
+
+def rms(found: Sequence[Prediction], reference: Prediction) -> float:
+    errors: list[Tensor] = [prediction.probs - reference.probs for prediction in found]
+    return torch.stack(errors).square().mean().sqrt().item()
