@@ -24,6 +24,7 @@ from swag_lora.loop import Loop
 EXAMPLES, BATCH, SAMPLES, MOST = 32, 16, 32, 512
 TOLERANCE = {"demo": 0.03, "clinc150": 0.02}
 REFERENCE_SAMPLES, REPETITIONS = 512, 3
+COVERED, SEEDS = 6, 40
 SOURCES = {"demo": None} | ({"clinc150": os.environ["CLINC150"]} if "CLINC150" in os.environ else {})
 FITS = os.environ.get("FITS")
 """A folder where fitted posteriors are kept from one run to the next."""
@@ -90,6 +91,34 @@ def bench_until_sure(name, tmp_path_factory, report, benchmark):
     target = 6.0 if name == "clinc150" else None
     report(compare(case, seconds, "until sure", {"published loop, 32 samples": target}), table)
     benchmark.pedantic(until_sure, rounds=2, warmup_rounds=0)
+
+
+@torch.no_grad()
+def bench_coverage(tmp_path_factory, report, benchmark):
+    """On the demo's posterior, against 20 000 samples: how many probabilities lie within three standard errors."""
+    home = Path(FITS) if FITS else tmp_path_factory.mktemp("fits")
+    evaluator, posterior, examples = fit_demo_posterior(home / "demo", None)
+    shortest = sorted(evaluator.encode(examples.split("test")), key=lambda e: e["length"])[:COVERED]
+    _, batch = next(evaluator.batches(shortest))
+    evaluator.model.eval()
+
+    def average(samples: int, seed: int, tolerance: float | None = None) -> Prediction:
+        sampling = Sampling(samples, seed, 0.5, "antithetic", tolerance)
+        return evaluator.predictor(posterior, shortest, sampling)(batch)
+
+    reference = average(20_000, 1000)
+    table = Table(title=f"demo's posterior, scale 0.5, {COVERED} examples, {SEEDS} seeds", title_justify="left")
+    for column in ("tolerance", "within 3 standard errors", "samples", "RMS error"):
+        table.add_column(column)
+    for tolerance in (0.02, 0.01, 0.005):
+        found = [average(2048, seed, tolerance) for seed in range(SEEDS)]
+        inside = [(f.probs - reference.probs).abs() <= 3 * f.std_error for f in found]
+        covered = torch.stack(inside).double().mean().item()
+        drawn = torch.stack([torch.as_tensor(f.num_samples, dtype=torch.float64) for f in found]).mean().item()
+        table.add_row(f"{tolerance}", f"{covered:.4f}", f"{drawn:.1f}", f"{rms(found, reference):.2e}")
+        assert covered >= 0.99, f"{covered:.4f} at a tolerance of {tolerance}"
+    report([], table)
+    benchmark.pedantic(lambda: average(32, 0), rounds=2, warmup_rounds=0)
 
 
 def joined(predictions: Sequence[Prediction]) -> Prediction:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any, Protocol, get_args
 
@@ -88,10 +88,9 @@ class Predictor:
         drawn = {} if mesh is None and resume is None else self._draw(0, self._group)
         self._ranks.check(num_samples // self._group, drawn, told)
         self._progress = Progress(resume, save_every, self._ranks, drawn, told)
-        self._keep_weights = keep_weights
+        self._keeps: bool | None = None if keep_weights else False
         self._forward = Forward() if forward is None else forward
         self._kept: dict[int, Mapping[str, Tensor]] = {}
-        self._plans: dict[tuple[int, int], Plan] = {}
         self._sampled: SampledModel | None = None
 
     @torch.no_grad()
@@ -121,10 +120,10 @@ class Predictor:
         """
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         size, length = self._forward.size(inputs), plan.tokens(inputs)
-        key = (size, length.bit_length())
-        if key not in self._plans:
-            self._plans[key] = self._ranks.smallest(self._make_plan(inputs, size, length))
-        return self._plans[key]
+        key = f"{size} examples of up to {1 << length.bit_length()} tokens"
+        if key not in self._progress.plans:
+            self._progress.plans[key] = self._ranks.smallest(self._make_plan(inputs, size, length))
+        return self._progress.plans[key]
 
     @torch.no_grad()
     def _make_plan(self, inputs: dict[str, Any], size: int, length: int) -> Plan:
@@ -168,13 +167,14 @@ class Predictor:
         found: list[tuple[Tensor, Prediction]] = []
         last, chunk = -(-self.num_samples // chosen.samples), 0
         while len(places):
-            for one in self._chunks(inputs, chunk, chosen, average):
-                average.merge(one)
-                chunk += 1
-                now = average.prediction(guarded=self._scale)
-                sure = is_sure(now.std_error, tolerance) if chunk < last else torch.ones_like(places, dtype=torch.bool)
-                if bool(sure.any()):
-                    break
+            with closing(self._chunks(inputs, chunk, chosen, average)) as chunks:
+                for one in chunks:
+                    average.merge(one)
+                    chunk += 1
+                    now = average.prediction(guarded=self._scale)
+                    sure = is_sure(now.std_error, tolerance) | (chunk == last)
+                    if bool(sure.any()):
+                        break
             counts = torch.full((int(sure.sum()),), int(now.num_samples), device=places.device)
             found.append((places[sure], replace(now.select(sure), num_samples=counts)))
             stay = (~sure).nonzero()[:, 0]
@@ -183,7 +183,9 @@ class Predictor:
         order = torch.cat([rows for rows, _ in found]).argsort()
         return Prediction.cat([part for _, part in found]).select(order)
 
-    def _chunks(self, inputs: dict[str, Any], chunk: int, chosen: Plan, average: Average) -> Iterator[Chunk]:
+    def _chunks(
+        self, inputs: dict[str, Any], chunk: int, chosen: Plan, average: Average
+    ) -> Generator[Chunk, None, None]:
         """The average over one chunk of samples after the other, from number `chunk` on."""
         last, opened = -(-self.num_samples // chosen.samples), False
         with ExitStack() as stack:
@@ -216,14 +218,12 @@ class Predictor:
         if self._sampled is not None and not self._kept:
             self._sampled.release_weights()
         weights = self._draw(start, number)
-        if self._keep_weights and self._all_fit(weights, number):
+        if self._keeps is None:
+            needed, device = _nbytes(weights) / number * self.num_samples, next(iter(weights.values())).device
+            self._keeps = needed * _KEPT_SHARE <= plan.budget(device, self._memory)
+        if self._keeps:
             self._kept[start] = weights
         return weights
-
-    def _all_fit(self, weights: Mapping[str, Tensor], number: int) -> bool:
-        """Whether the weights of all samples take no more than a quarter of the memory."""
-        needed = _nbytes(weights) / number * self.num_samples
-        return needed * _KEPT_SHARE <= plan.budget(next(iter(weights.values())).device, self._memory)
 
 
 def _nbytes(weights: Mapping[str, Tensor]) -> int:

@@ -49,6 +49,7 @@ class Progress:
             raise ValueError(f"save_every must be at least 1, got {every}")
         self.every, self.ranks = every, ranks
         self.path = None if path is None else Path(f"{path}.{ranks.data_rank}" if ranks.data > 1 else path)
+        self.plans: dict[str, Plan] = {}
         self._part = 0
         self._done: list[dict[str, Tensor]] = []
         self._inputs: list[str] = []
@@ -61,7 +62,7 @@ class Progress:
         self._owner = f"{digest(drawn)} {told!r} data {ranks.data}"
         loaded = ranks.first_s(self._load())
         if loaded is not None:
-            self._done, self._inputs, self._running, self._chunks = loaded
+            self._done, self._inputs, self._running, self._chunks, self.plans = loaded
 
     def part(
         self, inputs: dict[str, Any], plan: Plan, compute: Callable[[dict[str, Any], Plan, Part], Prediction]
@@ -114,7 +115,9 @@ class Progress:
             return
         tensors = {f"done.{i}.{name}": value for i, part in enumerate(self._done) for name, value in part.items()}
         tensors |= {f"running.{name}": value for name, value in self._running.items()}
+        plans = json.dumps({name: (plan.samples, plan.examples) for name, plan in self.plans.items()})
         said = {"kind": KIND, "owner": self._owner, "inputs": json.dumps(self._inputs), "chunks": str(self._chunks)}
+        said["plans"] = plans  # measured, so another time they might be others
         fresh = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.partial")
         try:
             save_file({name: t.contiguous().clone() for name, t in tensors.items()}, fresh, metadata=said)
@@ -124,7 +127,7 @@ class Progress:
         finally:
             fresh.unlink(missing_ok=True)
 
-    def _load(self) -> tuple[list[dict[str, Tensor]], list[str], dict[str, Tensor], int] | None:
+    def _load(self) -> tuple[list[dict[str, Tensor]], list[str], dict[str, Tensor], int, dict[str, Plan]] | None:
         assert self.path is not None
         if self.ranks.sample_rank or not self.path.exists():
             return None
@@ -147,7 +150,8 @@ class Progress:
             if name.startswith("done."):
                 _, index, field = name.split(".", 2)
                 done.setdefault(int(index), {})[field] = tensor
-        return [done[i] for i in range(len(done))], json.loads(said["inputs"]), running, int(said["chunks"])
+        plans = {name: Plan(*numbers) for name, numbers in json.loads(said["plans"]).items()}
+        return [done[i] for i in range(len(done))], json.loads(said["inputs"]), running, int(said["chunks"]), plans
 
 
 class Part:

@@ -1,5 +1,6 @@
 """An interrupted average goes on from its file, and no digit tells."""
 
+import importlib
 import os
 import random
 import signal
@@ -67,6 +68,18 @@ def test_many_batches_and_parts(model_and_posterior, tmp_path):
         resumed = Predictor(model, posterior, **how, **options, resume=path)
         for batch, prediction in zip(batches, expected, strict=True):
             assert_same(resumed(batch), prediction)
+
+
+def test_a_plan_that_was_measured_stays(model_and_posterior, tmp_path, monkeypatch):
+    """Another time a machine may find another size of chunk faster; the digits must not show it."""
+    model, posterior = model_and_posterior
+    module, path = importlib.import_module("swag_lora.predictor"), tmp_path / "state"
+    monkeypatch.setattr(module.plan, "make_plan", lambda *args: module.Plan(6, 4))
+    expected = predict(model, posterior, texts(), 60, memory="1GiB")
+    with pytest.raises(KeyboardInterrupt):
+        predict(model, Stopping(posterior, 30), texts(), 60, memory="1GiB", resume=path, save_every=2)
+    monkeypatch.setattr(module.plan, "make_plan", lambda *args: module.Plan(10, 7))
+    assert_same(predict(model, posterior, texts(), 60, memory="1GiB", resume=path, save_every=2), expected)
 
 
 def killed(path, seconds):
