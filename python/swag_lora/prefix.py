@@ -27,6 +27,7 @@ class Boundary:
 
     def open(self) -> None:
         self.is_open = True
+        self._calls.clear()
 
     def close(self) -> None:
         self.is_open, self._inputs = False, None
