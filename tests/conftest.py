@@ -1,6 +1,9 @@
 import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # threads slow down the small products of Triton's interpreter
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many as cores: more threads would only wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # of those that a test asks for
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -41,7 +41,8 @@ FLAGS = [
 ]  # fmt: skip
 # Of the kernels alone: misaligned accesses, arrays with a wrong index, overflow. undefined.cpp hears of them.
 CHECKS = ["-fsanitize=alignment,bounds,shift,signed-integer-overflow", "-fno-sanitize-recover=all"]
-SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer", "-g1"]
+# Few cases run so: what counts is the compiler's time.
+SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer", "-g1", "-O0"]
 JOBS = 2
 KEPT = 24 * 3600
 """Seconds for which the folder keeps what no build uses any more."""

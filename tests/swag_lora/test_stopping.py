@@ -10,7 +10,6 @@ from swag_kernels import AverageState, bayes_average_
 from swag_lora import Predictor, predict
 from swag_lora.stopping import guarded_std_error, prior_deviation
 
-
 DEVIATION = prior_deviation(0.5)
 
 

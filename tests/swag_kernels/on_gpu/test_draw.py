@@ -60,7 +60,7 @@ def test_matches_the_reference_and_the_cpu(device, numels, rank, samples, first,
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("antithetic", [False, True])
 def test_sample_k_depends_on_neither_number_nor_chunk(device, antithetic, dtype):
-    layout = segment_table(NUMELS)
+    layout = segment_table([3, 1025])
     state = posterior(layout, 3)
     settings = options(layout, antithetic=antithetic, dtype=dtype, first_sample=1)
     whole = drawn(device, state, 19, **settings)

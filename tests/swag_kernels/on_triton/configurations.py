@@ -1,14 +1,16 @@
 """Every configuration in which the ops launch their kernels: found by calling the ops over sizes that take every branch of
-their host code, with the launch recorded in place of being made. Used where Triton compiles, not where it interprets."""
+their host code, with the launch recorded in place of being made, and nothing computed where an op launches no kernel of its
+own. Used where Triton compiles, not where it interprets."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import product
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from triton.runtime.jit import JITFunction
@@ -42,15 +44,25 @@ class Configuration:
         pointers = {name[2:]: kind[1:] for name, kind in self.types if kind.startswith("*")}
         return f"{self.kernel.__name__} {pointers | dict(self.constants)}"
 
+    @property
+    def of_either_half(self) -> Configuration:
+        """With bfloat16 in the place of float16: the same for two that differ in that alone."""
+        kinds = [kind for _, kind in self.types]
+        if "*bf16" in kinds:
+            return self
+        return replace(self, types=tuple((name, kind.replace("*fp16", "*bf16")) for name, kind in self.types))
 
-def configurations(wide: bool) -> list[Configuration]:
-    """``wide``: for the targets that take the wide tiles of sampled_lora_linear."""
+
+def configurations(wide: bool, both_halves: bool) -> list[Configuration]:
+    """``wide``: for the targets that take the wide tiles of sampled_lora_linear. Unless ``both_halves``, without the float16
+    ones that a bfloat16 one stands for: registers differ by a few, shared memory and the widths of accesses do not."""
     found: dict[Configuration, None] = {}
     with recorded(found):
         for calls in (collect_calls, draw_calls, average_calls, lora_calls):
             calls()
         linear_calls(sampled_lora_linear.WIDE_TILES if wide else sampled_lora_linear.TILES)
-    return sorted(found, key=lambda one: one.title)
+    doubled = [] if both_halves else [one for one in found if one.of_either_half != one and one.of_either_half in found]
+    return sorted(found.keys() - doubled, key=lambda one: one.title)
 
 
 @contextmanager
@@ -72,11 +84,12 @@ def recorded(found: dict[Configuration, None]) -> Iterator[None]:
                 types.append((parameter.name, parameter.annotation_type))
         found[Configuration(self, tuple(types), tuple(constants), tuple(sorted(values.items())))] = None
 
-    original, JITFunction.run = JITFunction.run, run
-    try:
+    with (
+        patch.object(JITFunction, "run", run),
+        patch.object(sampled_lora.products, "update"),
+        patch.object(sampled_lora_backward.reference, "sampled_lora_backward"),
+    ):
         yield
-    finally:
-        JITFunction.run = original
 
 
 def shifted(shape: tuple[int, ...], dtype: torch.dtype, aligned: bool) -> torch.Tensor:
