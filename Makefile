@@ -8,7 +8,7 @@ OPS := tests/swag_kernels
 NEED_NO_GPU := on_triton/test_ahead_of_time.py on_cuda/test_compiled.py on_cuda/test_sanitized.py on_cuda/test_simt.py
 FROM_SOURCE = PYTHONPATH=.:python$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON)
 
-.PHONY: demo test bench gpu gpu-build gpu-test gpu-memcheck gpu-bench lint clean
+.PHONY: demo test accuracy bench gpu gpu-build gpu-test gpu-memcheck gpu-bench lint clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.built
@@ -16,6 +16,13 @@ demo: $(VENV)/.built
 
 test: $(VENV)/.built
 	$(BIN)/pytest -n $(JOBS) --dist worksteal
+
+# What needs thousands of samples of a real fine-tune: that three standard errors cover 20 000 samples' probabilities, and
+# that antithetic pairs and orthogonal z lower the variance. Minutes; the fit is kept in build/fits.
+accuracy: $(VENV)/.built
+	mkdir -p build/fits
+	FITS=build/fits OMP_NUM_THREADS=2 $(BIN)/pytest benchmarks/bench_adaptive.py benchmarks/bench_variance.py \
+		-k "coverage or variance" -p no:xdist --benchmark-only --benchmark-disable-gc -s
 
 bench: $(VENV)/.built
 	$(BIN)/pytest benchmarks -p no:xdist --benchmark-only --benchmark-disable-gc -s
