@@ -238,7 +238,7 @@ def _refusals():
     yield {"samples_per_pass": 3}, "even for antithetic"
     yield {"scale": -1.0}, "scale must be at least 0"
     yield {"first": -2}, "first must be"
-    yield {"method": "sobol"}, "'antithetic' or 'iid'"
+    yield {"method": "sobol"}, "one of 'iid', 'antithetic'"
     yield {"max_logits": 3}, "max_logits must be at least the 4 samples"
 
 
