@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers.utils import logging
 
 from harness import alternate, compare
-from swag_lora import Prediction
+from swag_lora import Prediction, SwagPosterior
+from swag_lora.data import Dataset
 from swag_lora.demo import fit_demo_posterior
-from swag_lora.evaluate import Sampling
+from swag_lora.evaluate import Evaluator, Sampling
 from swag_lora.loop import Loop
 
 EXAMPLES, BATCH, SAMPLES, MOST = 32, 16, 32, 512
@@ -36,8 +37,7 @@ logging.disable_progress_bar()
 @torch.no_grad()
 @pytest.mark.parametrize("name", SOURCES)
 def bench_until_sure(name, tmp_path_factory, report, benchmark):
-    home = Path(FITS) if FITS else tmp_path_factory.mktemp("fits")
-    evaluator, posterior, examples = fit_demo_posterior(home / name, SOURCES[name])
+    evaluator, posterior, examples = fitted(name, tmp_path_factory)
     encoded = evaluator.encode(examples.split("test")[:EXAMPLES])
     scale = evaluator.task.scale
     evaluator.model.eval()
@@ -96,8 +96,7 @@ def bench_until_sure(name, tmp_path_factory, report, benchmark):
 @torch.no_grad()
 def bench_coverage(tmp_path_factory, report, benchmark):
     """On the demo's posterior, against 20 000 samples: how many probabilities lie within three standard errors."""
-    home = Path(FITS) if FITS else tmp_path_factory.mktemp("fits")
-    evaluator, posterior, examples = fit_demo_posterior(home / "demo", None)
+    evaluator, posterior, examples = fitted("demo", tmp_path_factory)
     shortest = sorted(evaluator.encode(examples.split("test")), key=lambda e: e["length"])[:COVERED]
     _, batch = next(evaluator.batches(shortest))
     evaluator.model.eval()
@@ -119,6 +118,12 @@ def bench_coverage(tmp_path_factory, report, benchmark):
         assert covered >= 0.99, f"{covered:.4f} at a tolerance of {tolerance}"
     report([], table)
     benchmark.pedantic(lambda: average(32, 0), rounds=2, warmup_rounds=0)
+
+
+@torch.enable_grad()
+def fitted(name: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Evaluator, SwagPosterior, Dataset]:
+    home = Path(FITS) if FITS else tmp_path_factory.mktemp("fits")
+    return fit_demo_posterior(home / name, SOURCES[name])
 
 
 def joined(predictions: Sequence[Prediction]) -> Prediction:
