@@ -2,258 +2,186 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import LoraConfig
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import set_seed
 
 from .data import Dataset
 from .evaluate import Encoded, Evaluator, choose_scale
-from .metrics import nll
+from .files import write_atomic, write_text
 from .posterior import SwagPosterior
+from .recipe import Recipe
 from .tasks import Task
+from .threads import threads
 from .trainer import SwagCallback
+from .training import Phase, Snapshots, State, bars, load_state, state_of, train
 
 HISTORY_FILE = "fit.json"
-State = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train.
-
-    The point estimate (MAP) trains for `epochs` on a linear schedule with 6 % warm-up. SWAG goes on from one of its
-    epochs, at the constant rate `swag_lr`, and collects at the end of each of `collections` epochs; the last `rank`
-    deviations are kept. It goes on from the epoch with the smallest validation NLL: earlier it has not learned enough,
-    and later the mean inherits the overconfidence. `start` names a fraction of the epochs instead; without validation
-    data it is a third.
-
-    `threads` is fixed because the sums of a backward pass on the CPU are split by thread: with it a seed gives one
-    result, whatever OMP_NUM_THREADS says. One thread is also not held up by other load on the machine; larger models
-    want more.
-    """
-
-    epochs: int = 15
-    start: float | None = None
-    collections: int = 10
-    rank: int = 10
-    lr: float = 1e-3
-    swag_lr: float = 1e-4
-    batch_size: int = 32
-    lora_rank: int = 8
-    lora_alpha: int = 16
-    lora_dropout: float = 0.1
-    target_modules: tuple[str, ...] | None = None
-    seed: int = 0
-    threads: int = 1
-
-    def branch(self, validated: bool) -> int | None:
-        """The epoch after which SWAG leaves, from 1 to `epochs`; None for the best on validation data."""
-        if self.start is None and validated:
-            return None
-        return min(self.epochs, max(1, round((self.start or 1 / 3) * self.epochs)))
-
-    def lora(self) -> LoraConfig:
-        return LoraConfig(
-            r=self.lora_rank,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            target_modules=None if self.target_modules is None else list(self.target_modules),
-        )
+UNFINISHED = "unfinished"
+"""The folder of a fit that has not ended."""
 
 
 def fit(
-    folder: str | Path, model: str | Path, dataset: Dataset, recipe: Recipe, max_length: int = 128, show: bool = False
+    folder: str | Path,
+    model: str | Path,
+    dataset: Dataset,
+    recipe: Recipe,
+    max_length: int = 128,
+    show: bool = False,
+    task: Task | None = None,
 ) -> dict[str, Any]:
     """Train on `dataset` and write to `folder` all that `swag-lora evaluate` needs; returns what is in `fit.json`.
 
     The folder holds the posterior as `SwagPosterior.save_pretrained` writes it (an adapter at the mean, and the
     moments), the point estimates as adapters in `map` and `map-best` (smallest validation NLL of all epochs), the
     tokenizer, `task.json` and `fit.json`. Without a `val` split there is no `map-best`, and the scale stays at 0.5.
+
+    A fit that was killed goes on from its last whole epoch when it is called again with the same arguments, and gives the
+    same bits; with others it starts over.
+
+    Args:
+        task: how the data go through the model, where that is not what `Task.of` takes.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; the posterior needs a folder")
-    if recipe.collections < 2 or recipe.rank < 2:
-        raise ValueError(
-            f"a covariance needs at least two collections and rank 2, got {recipe.collections} and {recipe.rank}"
-        )
-    train_examples = dataset.split("train")
-    task = Task.of(model, dataset, max_length, recipe.seed)
-    tokenizer = task.tokenizer()
-    set_seed(recipe.seed)
-    peft_model = task.peft_model(tokenizer, recipe.lora())
-    folder.mkdir(parents=True, exist_ok=True)
-    evaluator = Evaluator(task, peft_model, tokenizer, recipe.batch_size, show)
-    train = evaluator.encode(train_examples)
-    val = evaluator.encode(dataset.splits["val"]) if "val" in dataset.splits else None
-
-    with _threads(recipe.threads):
-        snapshots = Snapshots(evaluator, val, recipe.branch(val is not None))
-        _train(evaluator, train, recipe, recipe.epochs, recipe.lr, "linear", "MAP", [snapshots])
-        last = _state(peft_model)
-        _load(peft_model, snapshots.branch or snapshots.best)
-        swag = SwagCallback(rank=recipe.rank, start=0, every="epoch")
-        _train(evaluator, train, recipe, recipe.collections, recipe.swag_lr, "constant", "SWAG", [swag])
-    posterior = swag.posterior
-    scales = choose_scale(evaluator, posterior, val, recipe.seed) if val else {}
+    recipe.check()
+    dataset.split("train")
+    task = Task.of(model, dataset, max_length, recipe.seed) if task is None else task
+    work = _Work(folder / UNFINISHED, {"recipe": asdict(recipe), "task": asdict(task), "data": _fingerprint(dataset)})
+    trained = train_task(work, task, dataset, recipe, show)
+    val = trained.evaluator.encode(dataset.splits["val"]) if "val" in dataset.splits else None
+    scales = choose_scale(trained.evaluator, trained.posterior, val, recipe.seed) if val else {}
     if scales:
         task = replace(task, scale=min(scales, key=scales.__getitem__))
     history = {
         "recipe": asdict(recipe),
         "data": {"name": dataset.name, **{name: len(examples) for name, examples in dataset.splits.items()}},
-        "validation_nll": snapshots.nll,
+        "validation_nll": trained.nll,
+        "branch_epoch": trained.branch_epoch,
         "scale_nll": {f"{scale:g}": value for scale, value in scales.items()},
         "scale": task.scale,
+        "seconds": trained.seconds,
     }
-    _save(folder, task, posterior, {"map": last, "map-best": snapshots.best}, history)
-    tokenizer.save_pretrained(str(folder))
+    _save(folder, task, trained, history)
+    shutil.rmtree(work.folder)
     return history
 
 
-class Snapshots(TrainerCallback):
-    """Keeps the trained weights of the epoch with the smallest validation NLL, and those of epoch `branch_epoch`, if given."""
+@dataclass(frozen=True)
+class Trained:
+    """What training gives: the posterior, whose model is the evaluator's, and the point estimates."""
 
-    def __init__(self, evaluator: Evaluator, val: Encoded | None, branch_epoch: int | None) -> None:
-        self.evaluator, self.val, self.branch_epoch = evaluator, val, branch_epoch
-        self.nll: list[float] = []
-        self.best: State = {}
-        self.branch: State = {}
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if round(state.epoch) == self.branch_epoch:
-            self.branch = _state(self.evaluator.model)
-        if self.val:
-            labels = torch.tensor([example["label"] for example in self.val])
-            self.nll.append(nll(self.evaluator.point(self.val).log_probs, labels))
-            if self.nll[-1] == min(self.nll):
-                self.best = _state(self.evaluator.model)
+    evaluator: Evaluator
+    posterior: SwagPosterior
+    points: Mapping[str, State]
+    nll: list[float]
+    branch_epoch: int
+    seconds: dict[str, float]
 
 
-class Bar(TrainerCallback):
-    """A progress bar over optimizer steps."""
+class _Work:
+    """The folder of a fit under way: what belongs to other arguments is thrown away."""
 
-    def __init__(self, progress: Progress, title: str) -> None:
-        self.progress, self.task = progress, progress.add_task(title, total=None)
+    def __init__(self, folder: Path, arguments: Mapping[str, Any]) -> None:
+        self.folder = folder
+        told, path = json.dumps(arguments, sort_keys=True), folder / "arguments.json"
+        if not (path.is_file() and path.read_text(encoding="utf-8") == told):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            write_text(path, told)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress.update(self.task, total=state.max_steps)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress.update(self.task, completed=state.global_step)
-
-
-class TaskTrainer(Trainer):
-    """A `Trainer` whose logits are those of a `Task`."""
-
-    def __init__(self, evaluator: Evaluator, **kwargs: Any) -> None:
-        self.evaluator = evaluator
-        super().__init__(
-            model=evaluator.model,
-            data_collator=lambda examples: evaluator.task.collate(evaluator.tokenizer, examples),
-            **kwargs,
+def train_task(work: _Work, task: Task, dataset: Dataset, recipe: Recipe, show: bool) -> Trained:
+    """Both phases: MAP to its end, then SWAG from the epoch it leaves."""
+    set_seed(recipe.seed)
+    tokenizer = task.tokenizer()
+    evaluator = Evaluator(task, task.peft_model(tokenizer, recipe.lora()), tokenizer, recipe.batch_size, show)
+    examples = evaluator.encode(dataset.split("train"))
+    val = evaluator.encode(dataset.splits["val"]) if "val" in dataset.splits else None
+    with threads(recipe.threads), bars(show, console=Console(stderr=True)) as progress:
+        states, told = _map_phase(work.folder, evaluator, examples, val, recipe, progress)
+        load_state(evaluator.model, states["branch"])
+        steps_per_epoch = math.ceil(len(examples) / recipe.batch_size)
+        anneal_steps = recipe.anneal_epochs * steps_per_epoch
+        leave = told["branch_epoch"] if recipe.start is None else recipe.branch(val is not None)[0]
+        begin = recipe.rate(leave * steps_per_epoch, steps_per_epoch) if anneal_steps else recipe.swag_lr
+        swag = SwagCallback(
+            rank=recipe.rank,
+            start=0,
+            every="epoch" if recipe.every is None else recipe.every,
+            lr=recipe.swag_lr if anneal_steps else None,
+            anneal_steps=anneal_steps,
+            anneal=recipe.anneal,
         )
-
-    def compute_loss(self, model: nn.Module, inputs: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        return cross_entropy(self.evaluator.task.logits(model, inputs).float(), inputs["labels"])
-
-
-def _train(
-    evaluator: Evaluator,
-    train: Encoded,
-    recipe: Recipe,
-    epochs: int,
-    lr: float,
-    schedule: str,
-    title: str,
-    callbacks: list[TrainerCallback],
-) -> None:
-    steps = epochs * math.ceil(len(train) / recipe.batch_size)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        Progress(console=Console(stderr=True), disable=not evaluator.show) as progress,
-    ):
-        arguments = TrainingArguments(
-            output_dir=scratch,
-            num_train_epochs=epochs,
-            per_device_train_batch_size=recipe.batch_size,
-            learning_rate=lr,
-            lr_scheduler_type=schedule,
-            warmup_steps=round(0.06 * steps) if schedule == "linear" else 0,
-            weight_decay=0.0,
-            train_sampling_strategy="group_by_length",
-            use_cpu=device.type == "cpu",
-            bf16=_bf16(device),
-            seed=recipe.seed,
-            save_strategy="no",
-            report_to="none",
-            logging_strategy="no",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
+        phase = Phase(
+            "SWAG",
+            work.folder / "swag",
+            recipe.collections,
+            begin,
+            "constant",
+            recipe.batch_size,
+            recipe.seed,
+            None if recipe.every is None else recipe.every * recipe.collections,
         )
-        trainer = TaskTrainer(
-            evaluator, args=arguments, train_dataset=list(train), callbacks=[*callbacks, Bar(progress, title)]
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        trainer.accelerator.unwrap_model(evaluator.model, keep_fp32_wrapper=False)
+        seconds = train(evaluator, examples, phase, [swag], progress)
+    points = {"map": states["last"], "map-best": states["best"]}
+    spent = {"map": told["seconds"], "swag": seconds}
+    return Trained(evaluator, swag.posterior, points, told["nll"], told["branch_epoch"], spent)
 
 
-def _save(
-    folder: Path, task: Task, posterior: SwagPosterior, points: Mapping[str, State], history: Mapping[str, Any]
-) -> None:
+def _map_phase(
+    work: Path, evaluator: Evaluator, examples: Encoded, val: Encoded | None, recipe: Recipe, progress: Progress
+) -> tuple[dict[str, State], dict[str, Any]]:
+    """The weights of the last, the best and the branching epoch; kept in a file, so that they are trained once."""
+    path = work / "map.safetensors"
+    if not path.is_file():
+        snapshots = Snapshots(evaluator, val, *recipe.branch(val is not None))
+        phase = Phase("MAP", work / "map", recipe.epochs, recipe.lr, "linear", recipe.batch_size, recipe.seed)
+        seconds = train(evaluator, examples, phase, [snapshots], progress)
+        states = {"last": state_of(evaluator.model), "best": snapshots.best, "branch": snapshots.branch}
+        told = {"nll": snapshots.nll, "branch_epoch": snapshots.left_after, "seconds": seconds}
+        kept = {f"{name}/{key}": value.clone().cpu() for name, state in states.items() for key, value in state.items()}
+        write_atomic(path, lambda fresh: save_file(kept, fresh, {"json": json.dumps(told)}))
+        shutil.rmtree(work / "map")
+    states = {"last": {}, "best": {}, "branch": {}}
+    with safe_open(path, framework="pt") as file:
+        told = json.loads(file.metadata()["json"])
+        for key in file.keys():
+            name, _, parameter = key.partition("/")
+            states[name][parameter] = file.get_tensor(key)
+    return states, told
+
+
+def _save(folder: Path, task: Task, trained: Trained, history: Mapping[str, Any]) -> None:
     """Everything beside the posterior first, so that a folder with a posterior in it is complete."""
-    model: Any = posterior.model
-    for name, state in points.items():
+    posterior: Any = trained.posterior
+    for name, state in trained.points.items():
         shutil.rmtree(folder / name, ignore_errors=True)
         if state:
-            _load(model, state)
-            model.save_pretrained(str(folder / name))
-    (folder / HISTORY_FILE).write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
+            load_state(posterior.model, state)
+            posterior.model.save_pretrained(str(folder / name))
+    write_text(folder / HISTORY_FILE, json.dumps(history, indent=1) + "\n")
+    trained.evaluator.tokenizer.save_pretrained(str(folder))
     task.save(folder)
     posterior.load_mean()
     posterior.save_pretrained(folder)
 
 
-def _state(model: nn.Module) -> State:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _load(model: nn.Module, state: State) -> None:
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, value in state.items():
-            parameters[name].copy_(value)
-
-
-def _bf16(device: torch.device) -> bool:
-    """Whether bfloat16 arithmetic is native there; emulated, it is slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _fingerprint(dataset: Dataset) -> dict[str, str]:
+    return {
+        name: hashlib.sha256(repr(examples).encode()).hexdigest()
+        for name, examples in dataset.splits.items()
+        if name in ("train", "val")
+    }
