@@ -1,37 +1,28 @@
 """Sampling until sure, against the published loop with 32 independent samples, at equal error or less.
 
-On the demo's posterior, and with CLINC150 in the environment, the folder of that data set, on one trained on a part of it.
+On the demo's posterior, and with CLINC150 in the environment on a second, see `fitted`.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
 from rich.table import Table
 from torch import Tensor
-from transformers.utils import logging
 
+from fitted import SOURCES, fitted
 from harness import alternate, compare
-from swag_lora import Prediction, SwagPosterior
-from swag_lora.data import Dataset
-from swag_lora.demo import fit_demo_posterior
-from swag_lora.evaluate import Evaluator, Sampling
+from swag_lora import Prediction
+from swag_lora.evaluate import Sampling
 from swag_lora.loop import Loop
 
 EXAMPLES, BATCH, SAMPLES, MOST = 32, 16, 32, 512
 TOLERANCE = {"demo": 0.03, "clinc150": 0.02}
 REFERENCE_SAMPLES, REPETITIONS = 512, 3
 COVERED, SEEDS = 6, 40
-SOURCES = {"demo": None} | ({"clinc150": os.environ["CLINC150"]} if "CLINC150" in os.environ else {})
-FITS = os.environ.get("FITS")
-"""A folder where fitted posteriors are kept from one run to the next."""
-
-logging.set_verbosity_error()
-logging.disable_progress_bar()
 
 
 @torch.no_grad()
@@ -40,29 +31,26 @@ def bench_until_sure(name, tmp_path_factory, report, benchmark):
     evaluator, posterior, examples = fitted(name, tmp_path_factory)
     encoded = evaluator.encode(examples.split("test")[:EXAMPLES])
     scale = evaluator.task.scale
-    evaluator.model.eval()
-    batches = [
-        batch
-        for _, batch in type(evaluator)(evaluator.task, evaluator.model, evaluator.tokenizer, BATCH).batches(encoded)
-    ]
+    batches = [batch for _, batch in replace(evaluator, batch_size=BATCH).batches(encoded)]
 
-    def average(sampling: Sampling) -> list[Prediction]:
+    def average(sampling: Sampling) -> Prediction:
         predictor = evaluator.predictor(posterior, encoded, sampling)
-        return [predictor(batch) for batch in batches]
+        return Prediction.cat([predictor(batch) for batch in batches])
 
-    def until_sure(seed: int = 0) -> list[Prediction]:
+    def until_sure(seed: int = 0) -> Prediction:
         return average(Sampling(MOST, seed, scale, "antithetic", TOLERANCE[name]))
 
-    reference = joined(average(Sampling(REFERENCE_SAMPLES, 1000, scale, "antithetic")))
+    def resampled() -> Prediction:
+        return Prediction.cat([loop.resampled(batch, SAMPLES) for batch in batches])
+
+    reference = average(Sampling(REFERENCE_SAMPLES, 1000, scale, "antithetic"))
     loop = Loop(evaluator.task, evaluator.model, posterior, scale)
     try:
-        published = rms([joined([loop.resampled(batch, SAMPLES) for batch in batches])], reference)
+        published = rms([resampled()], reference)
     finally:
         posterior.load_mean()
-    independent = rms(
-        [joined(average(Sampling(SAMPLES, seed, scale, "iid"))) for seed in range(REPETITIONS)], reference
-    )
-    found = [joined(until_sure(seed)) for seed in range(REPETITIONS)]
+    independent = rms([average(Sampling(SAMPLES, seed, scale, "iid")) for seed in range(REPETITIONS)], reference)
+    found = [until_sure(seed) for seed in range(REPETITIONS)]
     mine = rms(found, reference)
     assert mine <= min(independent, published), f"RMS error {mine:.2e}, of 32 independent samples {independent:.2e}"
     covered = torch.stack([(f.probs - reference.probs).abs() <= 3 * f.std_error for f in found]).double().mean().item()
@@ -70,14 +58,7 @@ def bench_until_sure(name, tmp_path_factory, report, benchmark):
     drawn = torch.stack([torch.as_tensor(f.num_samples, dtype=torch.float64) for f in found])
 
     try:
-        seconds = alternate(
-            {
-                "until sure": until_sure,
-                "published loop, 32 samples": lambda: [loop.resampled(batch, SAMPLES) for batch in batches],
-            },
-            rounds=5,
-            warmup=1,
-        )
+        seconds = alternate({"until sure": until_sure, "published loop, 32 samples": resampled}, rounds=5, warmup=1)
     finally:
         posterior.load_mean()
     case = f"{name}, {EXAMPLES} examples in batches of {BATCH}, antithetic until {TOLERANCE[name]}"
@@ -99,7 +80,6 @@ def bench_coverage(tmp_path_factory, report, benchmark):
     evaluator, posterior, examples = fitted("demo", tmp_path_factory)
     shortest = sorted(evaluator.encode(examples.split("test")), key=lambda e: e["length"])[:COVERED]
     _, batch = next(evaluator.batches(shortest))
-    evaluator.model.eval()
 
     def average(samples: int, seed: int, tolerance: float | None = None) -> Prediction:
         sampling = Sampling(samples, seed, 0.5, "antithetic", tolerance)
@@ -118,16 +98,6 @@ def bench_coverage(tmp_path_factory, report, benchmark):
         assert covered >= 0.99, f"{covered:.4f} at a tolerance of {tolerance}"
     report([], table)
     benchmark.pedantic(lambda: average(32, 0), rounds=2, warmup_rounds=0)
-
-
-@torch.enable_grad()
-def fitted(name: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Evaluator, SwagPosterior, Dataset]:
-    home = Path(FITS) if FITS else tmp_path_factory.mktemp("fits")
-    return fit_demo_posterior(home / name, SOURCES[name])
-
-
-def joined(predictions: Sequence[Prediction]) -> Prediction:
-    return Prediction.cat(predictions)
 
 
 def rms(found: Sequence[Prediction], reference: Prediction) -> float:

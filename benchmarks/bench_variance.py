@@ -1,42 +1,32 @@
 """How much an average over S samples varies with the method by which they are drawn, on posteriors of real fine-tunes.
 
-With CLINC150 in the environment, the folder of that data set, also on a posterior trained on a part of it.
+On the demo's posterior, and with CLINC150 in the environment on a second, see `fitted`.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import pytest
 import torch
 from rich.table import Table
 from torch import Tensor
-from transformers.utils import logging
 
+from fitted import SOURCES, fitted
 from harness import Row
 from swag_lora import SampledModel, SampledWeights, SwagPosterior
-from swag_lora.demo import fit_demo_posterior
 from swag_lora.evaluate import Evaluator
 
 METHODS = ("iid", "antithetic", "antithetic+orthogonal")
 SIZES = (2, 4, 8, 16, 32)
 REPETITIONS, EXAMPLES, SCALE = 16, 16, 0.5
-SOURCES = {"demo": None} | ({"clinc150": os.environ["CLINC150"]} if "CLINC150" in os.environ else {})
-FITS = os.environ.get("FITS")
-"""A folder where fitted posteriors are kept from one run to the next."""
 _PER_PASS, _RESAMPLES = 8, 200
-
-logging.set_verbosity_error()
-logging.disable_progress_bar()
 
 
 @pytest.mark.parametrize("name", SOURCES)
 def bench_variance(name, tmp_path_factory, report, benchmark):
     """Variance over repetitions of the averaged probabilities and of the mutual information, at equal numbers of passes."""
-    home = Path(FITS) if FITS else tmp_path_factory.mktemp("fits")
-    evaluator, posterior, examples = fit_demo_posterior(home / name, SOURCES[name])
+    evaluator, posterior, examples = fitted(name, tmp_path_factory)
     shortest = sorted(evaluator.encode(examples.split("test")[: 6 * EXAMPLES]), key=lambda e: e["length"])[:EXAMPLES]
     _, batch = next(evaluator.batches(shortest))
     probs = {method: probabilities(evaluator, posterior, batch, method) for method in METHODS}
@@ -48,7 +38,6 @@ def bench_variance(name, tmp_path_factory, report, benchmark):
 @torch.no_grad()
 def probabilities(evaluator: Evaluator, posterior: SwagPosterior, batch: Mapping[str, Tensor], method: str) -> Tensor:
     """Class probabilities ``[REPETITIONS, 32, B, C]`` of the first 32 samples of as many seeds."""
-    evaluator.model.eval()
     sampled = SampledModel(evaluator.model, posterior.draw(_PER_PASS, dtype=torch.float32))
     repetitions = []
     for seed in range(REPETITIONS):

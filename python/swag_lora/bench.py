@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from . import memory
+from .bench_baselines import Run, Strategy, TooSlow, prebuilt
 from .bench_case import RANK, Adapted, Case, lora_weights
 from .bench_error import ErrorPoint, error_curve
 from .bench_limits import Limits, machine, synchronize
 from .bench_plan import Pace, Settings
 from .bench_report import Row
-from .bench_strategies import Run, Strategy, TooSlow, prebuilt, strategies
-from .shapes import dtype_name, gib
+from .bench_strategies import strategies
+from .shapes import dtype_name
 
 _FEWEST_ROUNDS, _MOST_ROUNDS = 3, 25
 _FEW = 4  # samples that are compared where the loop over all of them would take too long
@@ -52,7 +53,7 @@ class Sweep:
         size = shape.check_memory(dtype, device, working)
         self.machine = machine(device)
         self.limits = Limits.measure(device, dtype)
-        say(f"{shape.name}, {shape.layers} layers, {gib(size)} of {dtype_name(dtype)} weights")
+        say(f"{shape.name}, {shape.layers} layers, {memory.text(size)} of {dtype_name(dtype)} weights")
         base = shape.build(dtype, device, settings.seed)
         layers = {late: shape.layers if not late else max(1, shape.layers // 4) for late in self._kinds()}
         self.adapted = {
@@ -131,7 +132,8 @@ class Sweep:
             except TooSlow as error:
                 row.status, row.reason = "skipped", f"over {self.settings.limit:g} s: {error}"
             except torch.OutOfMemoryError:
-                row.status, row.reason = "skipped", f"out of memory, {gib(self._needed(strategy, case))} estimated"
+                needed = memory.text(self._needed(strategy, case))
+                row.status, row.reason = "skipped", f"out of memory, {needed} estimated"
             except (RuntimeError, TypeError, NotImplementedError) as error:
                 row.status, row.reason = "skipped", f"not possible: {' '.join(str(error).split())[:80]}"
             if row.status == "measured":
@@ -202,7 +204,7 @@ class Sweep:
         """Why a strategy is not run in a case; empty if it is."""
         needed, free = self._needed(strategy, case), memory.available(self.settings.device)
         if needed > free:
-            return f"needs {gib(needed)}, {gib(free)} is free"
+            return f"needs {memory.text(needed)}, {memory.text(free)} is free"
         one_at_a_time = strategy.per_pass(case) == 1 < case.samples
         guess = self._pace.estimate(strategy.name, case.key) or (0.0, max(floor, case.samples * plain * one_at_a_time))
         setup, call = guess

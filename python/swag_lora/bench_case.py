@@ -11,14 +11,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from . import plan
 from .posterior import SwagPosterior
-from .shapes import LinearSizes, Shape, sharing
+from .shapes import LinearSizes, Shape
+from .twin import twin_of
 from .weights import SampledWeights
 
 SCALE, RANK = 0.5, 20
-
-# Activations of more tokens than this fall out of a CPU's caches, and then several passes are faster than one.
-_TOKENS_PER_PASS = {"cpu": 4096, "cuda": 65_536}
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Adapted:
             target_modules=None if targets is None else list(targets),
             layers_to_transform=some,
         )
-        model = _with_lora(shape, sharing(base), lora).eval()
+        model = _with_lora(shape, twin_of(base), lora).eval()
         random = [p for p in model.parameters() if p.requires_grad]
         for p in random:
             p.normal_(std=0.05)
@@ -119,8 +118,8 @@ class Case:
 
     @property
     def samples_per_pass(self) -> int:
-        step = max(1, _TOKENS_PER_PASS.get(self.adapted.posterior.device.type, 4096) // self.tokens)
-        return min(self.samples, max(2, step - step % 2) if self.antithetic else step)
+        group = 2 if self.antithetic else 1
+        return min(self.samples, plan.samples_at_once(self.adapted.posterior.device, self.tokens, group))
 
     def hidden_bytes(self, samples: int) -> int:
         """Most bytes of a layer's activations while so many samples' rows pass."""

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
+
+from .arguments import check_parent, count, listed, names, positive
 
 if TYPE_CHECKING:
     from .bench import Sweep
 
-_T = TypeVar("_T")
 _SAMPLES = tuple(2**power for power in range(11))
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -24,26 +23,24 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--shape", default="minilm", help="random weights in the shape of minilm, llama-2-7b, ... (minilm)"
     )
     model.add_argument("--model", metavar="FOLDER", help="a transformers model instead")
-    parser.add_argument("--layers", type=_count, help="only the first so many layers")
-    parser.add_argument("--samples", type=_listed(_count), default=_SAMPLES, metavar="K,K", help="(1,2,4,...,1024)")
-    parser.add_argument("--batch", type=_listed(_count), default=(1, 16), metavar="B,B", help="examples (1,16)")
-    parser.add_argument("--seq", type=_listed(_count), default=(32,), metavar="T,T", help="tokens of an example (32)")
+    parser.add_argument("--layers", type=count, help="only the first so many layers")
+    parser.add_argument("--samples", type=listed(count), default=_SAMPLES, metavar="K,K", help="(1,2,4,...,1024)")
+    parser.add_argument("--batch", type=listed(count), default=(1, 16), metavar="B,B", help="examples (1,16)")
+    parser.add_argument("--seq", type=listed(count), default=(32,), metavar="T,T", help="tokens of an example (32)")
     parser.add_argument(
         "--strategies",
-        type=_listed(str),
+        type=names,
         help="of published,prebuilt,adapter-names,vmap,one-pass,late-axis (all)",
     )
-    parser.add_argument("--lora-rank", type=_count, default=8, help="(8)")
-    parser.add_argument(
-        "--target-modules", type=_listed(str), help="such as query,value (what PEFT takes for the model)"
-    )
+    parser.add_argument("--lora-rank", type=count, default=8, help="(8)")
+    parser.add_argument("--target-modules", type=names, help="such as query,value (what PEFT takes for the model)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda where torch finds a GPU)")
     parser.add_argument("--dtype", choices=_DTYPES, help="(float32 on the CPU, bfloat16 on a GPU)")
     parser.add_argument(
-        "--seconds-per-case", type=_seconds, default=2.0, help="a strategy is timed so long in a case (2)"
+        "--seconds-per-case", type=positive, default=2.0, help="a strategy is timed so long in a case (2)"
     )
     parser.add_argument(
-        "--limit", type=_seconds, default=30.0, help="a strategy that would take longer is skipped (30)"
+        "--limit", type=positive, default=30.0, help="a strategy that would take longer is skipped (30)"
     )
     parser.add_argument("--csv", metavar="FILE", help="all rows, written anew after each case")
     parser.add_argument("--figure", metavar="FILE", help="throughput and error against K, as .png, .pdf or .svg")
@@ -56,8 +53,7 @@ def run(options: argparse.Namespace) -> None:
 
     if options.figure is not None:
         bench_figure.check(options.figure)
-    if options.csv is not None and not Path(options.csv).resolve().parent.is_dir():
-        raise FileNotFoundError(f"no folder {Path(options.csv).resolve().parent} for --csv")
+    check_parent(options.csv, "--csv")
     sweep = _sweep(options)
     try:
         for _ in sweep.cases():
@@ -139,33 +135,3 @@ Medians of one alternating run, each after a comparison with the prebuilt loop o
 before; the published loop draws its own for every batch. × says how many times as fast, with 20 % and 80 % quantiles.
 Late axis: LoRA on the last quarter of the layers. Limit: the fraction reached of what two operations a weight and token
 at the rate of a matrix product allow, or weights and samples read once at the speed of a copy."""
-
-
-def _count(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be whole numbers, got {text!r}") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
-    return value
-
-
-def _listed(one: Callable[[str], _T]) -> Callable[[str], tuple[_T, ...]]:
-    def parse(text: str) -> tuple[_T, ...]:
-        values = tuple(one(part.strip()) for part in text.split(",") if part.strip())
-        if not values:
-            raise argparse.ArgumentTypeError("must name at least one, separated by commas")
-        return values
-
-    return parse

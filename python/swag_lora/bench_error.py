@@ -53,15 +53,17 @@ def error_curve(
             for logits in sampled(**inputs).logits.flatten(1, -2):
                 yield logits.double().softmax(-1)
 
-    for _ in range(2):  # the first pass is a warm-up
+    each = float("inf")
+    for _ in range(2):  # the first pass is a warm-up, and either may be held up
         begin = time.perf_counter()
         sum(1 for _ in probabilities("antithetic", 1, chunk))
-        each = (time.perf_counter() - begin) / chunk
+        each = min(each, (time.perf_counter() - begin) / chunk)
     affordable = [k for k in samples if (2 + _REFERENCE) * max(k, _FEWEST) * each <= seconds]
     if not affordable:
         return []
     count = max(affordable[-1], _FEWEST)
-    count, reference = count + count % 2, _REFERENCE * (count + count % 2)
+    count += count % 2
+    reference = _REFERENCE * count
     truth = sum(probabilities("antithetic", 1, reference), start=torch.zeros((), dtype=torch.float64)) / reference
     iid = _errors(probabilities("iid", 2, count), affordable, truth)
     antithetic = _errors(probabilities("antithetic", 3, count), [k for k in affordable if k % 2 == 0], truth)

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .arguments import check_parent
 from .bench_error import ErrorPoint
 from .bench_report import Row
+from .files import write_atomic
 
 FORMATS = (".png", ".pdf", ".svg")
 
@@ -38,8 +40,7 @@ def check(path: str | Path) -> None:
         raise ImportError("the figure needs matplotlib: pip install 'swag-kernels[plots]'")
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"the figure {path} must end in {', '.join(FORMATS)}")
-    if not path.resolve().parent.is_dir():
-        raise FileNotFoundError(f"no folder {path.resolve().parent} for --figure")
+    check_parent(path, "--figure")
 
 
 def draw(rows: Sequence[Row], errors: Sequence[ErrorPoint], path: str | Path) -> None:
@@ -47,7 +48,6 @@ def draw(rows: Sequence[Row], errors: Sequence[ErrorPoint], path: str | Path) ->
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    path = Path(path)
     cases = list(dict.fromkeys((row.batch, row.seq) for row in rows))
     panels = len(cases) + bool(errors)
     across = min(panels, 3)
@@ -77,9 +77,7 @@ def draw(rows: Sequence[Row], errors: Sequence[ErrorPoint], path: str | Path) ->
             handlelength=4,
             frameon=False,
         )
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    figure.savefig(partial)
-    partial.replace(path)
+    write_atomic(path, figure.savefig)
 
 
 def _throughput(axis: Any, rows: Sequence[Row]) -> dict[str, Any]:

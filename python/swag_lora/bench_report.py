@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from .files import write_text
 
 COLUMNS = {
     "model": "shape or folder",
@@ -129,14 +130,8 @@ def csv_text(rows: Sequence[Row]) -> str:
 
 
 def write_csv(rows: Sequence[Row], path: str | Path) -> None:
-    """Write all rows, atomically: whoever reads the file meets the old one or the new one, whole."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(csv_text(rows))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    """Write all rows, atomically."""
+    write_text(path, csv_text(rows))
 
 
 def report(rows: Sequence[Row]) -> Group:

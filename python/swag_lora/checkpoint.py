@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .files import sync
 from .layout import lora_stems
 from .processes import together, write_once
 from .sharding import require_whole
@@ -84,11 +85,11 @@ def _write(posterior: SwagPosterior, state: dict[str, Tensor], weights: dict[str
         _write_posterior(posterior, state, staging)
         files = sorted(staging.iterdir(), key=lambda file: file.name == POSTERIOR_NAME)
         for path in (*files, staging):
-            _sync(path)
+            sync(path)
         if not (fresh and _renamed(staging, folder)):
             for file in files:
                 os.replace(file, folder / file.name)
-        _sync(home)
+        sync(home)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -184,11 +185,3 @@ def sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import math
+import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from . import bench_cli
+from .arguments import at_least, check_parent, count, fraction, names, non_negative, positive, probability
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _demo(arguments: argparse.Namespace) -> None:
     from . import demo, tables
 
-    _check_json(arguments.json)
+    check_parent(arguments.json, "--json")
     result = demo.run(
         arguments.output,
         data=arguments.data,
@@ -49,7 +50,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _fit(arguments: argparse.Namespace) -> None:
     from . import data, fit, tables
 
-    _check_json(arguments.json)
+    check_parent(arguments.json, "--json")
     dataset = data.load(arguments.data, ("train", "val"))
     if arguments.train_examples:
         dataset = dataset.subset({"train": arguments.train_examples}, arguments.seed)
@@ -80,7 +81,7 @@ def _fit(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from . import data, evaluate, launch, tables
 
-    _check_json(arguments.json)
+    check_parent(arguments.json, "--json")
     task = evaluate.Task.load(arguments.folder)
     dataset = data.load(arguments.data, ("test", "oos_test"), task.labels)
     task.check(dataset)
@@ -113,7 +114,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    _check_json(arguments.json)
+    check_parent(arguments.json, "--json")
     bench_cli.run(arguments)
 
 
@@ -147,19 +148,19 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("model", help="folder or hub name of a transformers model")
     fit.add_argument("--data", required=True, help="folder with train and val as .jsonl or .jsonl.gz, or hub data set")
     fit.add_argument("--output", type=Path, required=True, help="folder for the posterior")
-    fit.add_argument("--epochs", type=_count, default=15, help="of the point estimate (default 15)")
-    fit.add_argument("--start", type=_fraction, help="SWAG leaves after this fraction of them (the best on val)")
-    fit.add_argument("--collections", type=_at_least(2), default=10, help="SWAG epochs, one collection each (10)")
-    fit.add_argument("--rank", type=_at_least(2), default=10, help="deviations kept (10)")
-    fit.add_argument("--lr", type=_positive, default=1e-3, help="peak learning rate (1e-3)")
-    fit.add_argument("--swag-lr", type=_positive, help="constant rate while collecting (a tenth of --lr)")
-    fit.add_argument("--batch-size", type=_count, default=32)
-    fit.add_argument("--max-length", type=_count, default=128, help="tokens of an input (128)")
-    fit.add_argument("--train-examples", type=_count, help="at most so many, drawn at random")
-    fit.add_argument("--lora-rank", type=_count, default=8)
-    fit.add_argument("--lora-alpha", type=_count, help="(twice the rank)")
-    fit.add_argument("--lora-dropout", type=_probability, default=0.1)
-    fit.add_argument("--target-modules", type=_names, help="such as query,value (what PEFT takes for the model)")
+    fit.add_argument("--epochs", type=count, default=15, help="of the point estimate (default 15)")
+    fit.add_argument("--start", type=fraction, help="SWAG leaves after this fraction of them (the best on val)")
+    fit.add_argument("--collections", type=at_least(2), default=10, help="SWAG epochs, one collection each (10)")
+    fit.add_argument("--rank", type=at_least(2), default=10, help="deviations kept (10)")
+    fit.add_argument("--lr", type=positive, default=1e-3, help="peak learning rate (1e-3)")
+    fit.add_argument("--swag-lr", type=positive, help="constant rate while collecting (a tenth of --lr)")
+    fit.add_argument("--batch-size", type=count, default=32)
+    fit.add_argument("--max-length", type=count, default=128, help="tokens of an input (128)")
+    fit.add_argument("--train-examples", type=count, help="at most so many, drawn at random")
+    fit.add_argument("--lora-rank", type=count, default=8)
+    fit.add_argument("--lora-alpha", type=count, help="(twice the rank)")
+    fit.add_argument("--lora-dropout", type=probability, default=0.1)
+    fit.add_argument("--target-modules", type=names, help="such as query,value (what PEFT takes for the model)")
     _common(fit)
     fit.set_defaults(run=_fit)
 
@@ -167,15 +168,15 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("folder", help="a folder that `swag-lora fit` or `demo` wrote")
     evaluate.add_argument("--data", required=True, help="folder with test and maybe oos_test, or hub data set")
     evaluate.add_argument("--model", help="the base model, if it is no longer where it was")
-    evaluate.add_argument("--scale", type=_scale, help="of the covariance (what fit chose on validation data)")
+    evaluate.add_argument("--scale", type=non_negative, help="of the covariance (what fit chose on validation data)")
     methods = ("antithetic", "antithetic+orthogonal", "iid")
     evaluate.add_argument("--method", choices=methods, help="(antithetic for even --samples)")
-    evaluate.add_argument("--batch-size", type=_count, default=32)
-    evaluate.add_argument("--tolerance", type=_fraction, help="stop at this standard error, --samples at the most")
+    evaluate.add_argument("--batch-size", type=count, default=32)
+    evaluate.add_argument("--tolerance", type=fraction, help="stop at this standard error, --samples at the most")
     evaluate.add_argument("--memory", help="for weights and activations, such as 4GiB (chunks of a fixed size)")
     evaluate.add_argument("--resume", type=Path, metavar="FOLDER", help="keep what is averaged there, go on from it")
     evaluate.add_argument(
-        "--data-ranks", type=_count, default=1, help="under torchrun: ranks that share the examples (1)"
+        "--data-ranks", type=count, default=1, help="under torchrun: ranks that share the examples (1)"
     )
     evaluate.add_argument("--verbose", action="store_true", help="print the rows that each layer computed")
     _sampling(evaluate)
@@ -194,18 +195,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--samples", type=_count, default=32, metavar="K", help="weight samples averaged (32)")
+    parser.add_argument("--samples", type=count, default=32, metavar="K", help="weight samples averaged (32)")
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--threads", type=_count, default=1, help="for training on a CPU; part of the result, like the seed (1)"
+        "--threads", type=count, default=1, help="for training on a CPU; part of the result, like the seed (1)"
     )
     _seed_and_json(parser)
 
 
 def _seed_and_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=_at_least(0), default=0)
+    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--json", metavar="FILE", help="write the result there, - for standard output")
 
 
@@ -214,66 +215,16 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def _at_least(minimum: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {value}")
-        return value
-
-    return parse
-
-
-def _number(text: str, accepted: Callable[[float], bool], wanted: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and accepted(value)):
-        raise argparse.ArgumentTypeError(f"must be {wanted}, got {text}")
-    return value
-
-
-_count = _at_least(1)
-
-
-def _positive(text: str) -> float:
-    return _number(text, lambda x: x > 0, "a number above 0")
-
-
-def _scale(text: str) -> float:
-    return _number(text, lambda x: x >= 0, "a number, at least 0")
-
-
-def _fraction(text: str) -> float:
-    return _number(text, lambda x: 0 < x <= 1, "a fraction, above 0 and at most 1")
-
-
-def _probability(text: str) -> float:
-    return _number(text, lambda x: 0 <= x < 1, "a probability, at least 0 and below 1")
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _check_json(target: str | None) -> None:
-    """Before hours of work, not after."""
-    if target is not None and target != "-" and not Path(target).resolve().parent.is_dir():
-        raise FileNotFoundError(f"no folder {Path(target).resolve().parent} for --json")
-
-
 def _quiet() -> None:
     """Only our own lines on the terminal."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.simplefilter("ignore")
-    from transformers.utils import logging
+    for library in ("torch.utils._pytree", "torchao", "bitsandbytes"):  # they speak when transformers imports them
+        logging.getLogger(library).setLevel(logging.ERROR)
+    from transformers.utils import logging as of_transformers
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    of_transformers.set_verbosity_error()
+    of_transformers.disable_progress_bar()
 
 
 def _version(package: str) -> str:

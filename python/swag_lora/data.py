@@ -1,41 +1,33 @@
 """Reading labelled text: folders of JSON lines and hub data sets.
 
 A folder holds `train`, `val`, `test` and optionally `oos_test` (inputs from elsewhere), each as `.jsonl` or
-`.jsonl.gz`, and optionally `labels.json`, the list of class names. A line is either
-
-    {"text": "...", "label": 3}                                   label: a class index, or a name of labels.json
-    {"question": "...", "choices": ["...", "..."], "answer": 0}   answer: an index into choices
-
-Labels of `oos_` splits are ignored; by convention they are -1. Every error names the file and the line.
+`.jsonl.gz`, and optionally `labels.json`, the list of class names. What a line holds is in `examples`; labels of `oos_`
+splits are ignored, by convention they are -1. The hub data sets that have a short name are in `hub`; any other is read
+by its name, with the columns and splits of a folder.
 """
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import random
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from . import hub
+from .examples import Example, Row, Source, are_choices, build
+
 SPLITS = ("train", "val", "test", "oos_test")
-_HUB_NAMES = {"val": ("validation", "val", "dev"), "oos_test": ("oos_test",)}
-
-
-@dataclass(frozen=True)
-class Example:
-    """One labelled input. `label` is a class index or the index of the right choice, -1 where there is none."""
-
-    text: str
-    label: int
-    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Splits of examples of one kind. `labels` are the class names, None for multiple choice."""
+    """Splits of examples of one kind. `labels` are the class names, None for multiple choice, () where labels were ignored."""
 
     name: str
     splits: Mapping[str, list[Example]]
@@ -59,131 +51,158 @@ class Dataset:
             if size < len(examples):
                 examples = random.Random(f"{seed}/{name}").sample(examples, size)
             splits[name] = examples
-        return Dataset(self.name, splits, self.labels)
+        return replace(self, splits=splits)
+
+    def fingerprint(self, split: str) -> str:
+        """A hash of the split's examples in their order: 16 hexadecimal digits, the same on every machine.
+
+        Equal for two data sets whose texts, choices and labels are equal, whatever their names.
+        """
+        digest = hashlib.sha256()
+        for example in self.split(split):
+            row = [example.text, example.text_pair, example.choices, example.label]
+            digest.update(json.dumps(row).encode() + b"\n")
+        return digest.hexdigest()[:16]
 
 
-def load(source: str | Path, splits: Iterable[str] = SPLITS, labels: Iterable[str] | None = None) -> Dataset:
+def load(
+    source: str | Path,
+    splits: Iterable[str] = SPLITS,
+    labels: Iterable[str] | None = None,
+    *,
+    val_fraction: float | None = None,
+) -> Dataset:
     """Read the splits that exist among `splits` from a folder, or else from the hub data set of that name.
 
     `labels` are the class names to read the labels with; by default those of the source: `labels.json`, the hub's
-    class names, or without either the labels found in the training split.
+    class names, or without either the labels found in the training split. Where the source has no `val` split,
+    `val_fraction` of the training examples are held out as one, by a hash of their text.
 
     Raises:
         FileNotFoundError: neither a folder nor the possible name of a hub data set, or no split in the folder.
-        ValueError: an empty split, or a line that is not as described above, with its file and line number.
+        ValueError: an empty split, or a line that is not as described in `examples`, with its file and line number.
         ImportError: a hub data set without the `datasets` package.
     """
-    known = None if labels is None else tuple(labels)
-    if Path(source).is_dir():
-        return _load_folder(Path(source), tuple(splits), known)
-    if Path(source).exists():
+    wanted, known = tuple(splits), None if labels is None else tuple(labels)
+    found = _source(source, wanted)
+    if known is not None and found.labels is not None and found.labels != known:
+        raise ValueError(f"{found.name} does not match the model: {_difference(found.labels, known)}")
+    fraction = found.val_fraction if val_fraction is None else val_fraction
+    holds_out = fraction is not None and "val" not in found.splits and "train" in found.splits
+    read = [name for name in found.splits if name in wanted or (holds_out and name == "train" and "val" in wanted)]
+    if not read:
+        raise ValueError(f"{found.name} has none of the splits {', '.join(wanted)}; it has {', '.join(found.splits)}")
+    examples, names = build(found.name, {name: found.splits[name]() for name in read}, found.labels or known)
+    if holds_out and fraction is not None and "train" in examples:
+        examples["train"], examples["val"] = hold_out(found.name, examples["train"], fraction)
+    return Dataset(found.name, {name: examples[name] for name in wanted if name in examples}, names)
+
+
+def hold_out(name: str, examples: list[Example], fraction: float) -> tuple[list[Example], list[Example]]:
+    """What stays, and about `fraction` of the examples: those whose text has a small hash, equal texts on one side.
+
+    Raises:
+        ValueError: a fraction outside of (0, 1), or so few examples that a side is empty.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"the fraction of training examples held out must lie between 0 and 1, got {fraction}")
+    limit = fraction * 2**64
+    stay: list[Example] = []
+    held: list[Example] = []
+    for example in examples:
+        digest = hashlib.sha256(json.dumps([example.text, example.text_pair]).encode()).digest()
+        (held if int.from_bytes(digest[:8], "big") < limit else stay).append(example)
+    if not held or not stay:
+        raise ValueError(
+            f"{name}: holding out {fraction:g} of {len(examples)} training examples leaves a split empty: give a val split"
+        )
+    return stay, held
+
+
+def load_outside(source: str | Path, labels: tuple[str, ...] | None = None, *, labelled: bool = True) -> Dataset:
+    """Data from elsewhere, to predict with a model of another task: one split, named `test`.
+
+    Read from a single `.jsonl` or `.jsonl.gz` file (with the `labels.json` beside it, if there is one), a folder, or a hub
+    data set; of the latter two the split `test`, or `oos_test` where that is all there is. The labels are -1 without
+    `labelled`, for an `oos_test` split, and where the data has none (no such column, or -1 throughout); else classes
+    are read by the source's own names, or by `labels` where it declares none, and without both they are -1 too. See
+    `check_shift`.
+    """
+    path = Path(source)
+    if path.is_file():
+        found = Source(str(path), {"test": partial(_read_rows, path)}, _labels_beside(path.parent))
+    else:
+        found = _source(source, ("test", "oos_test"))
+    split = next((name for name in ("test", "oos_test") if name in found.splits), None)
+    if split is None:
+        raise ValueError(f"{found.name} has neither a test nor an oos_test split; it has {', '.join(found.splits)}")
+    rows = found.splits[split]()
+    labels = found.labels or labels
+    labelled = labelled and split == "test" and any(_has_label(row) for _, row in rows)
+    labelled = labelled and (labels is not None or are_choices(rows))
+    examples, names = build(found.name, {"test": rows}, labels, labelled)
+    return Dataset(found.name, examples, names)
+
+
+def check_shift(inside: Dataset, outside: Dataset) -> bool:
+    """Whether metrics that need labels make sense for a model of `inside` on `outside`, as `load_outside` reads it.
+
+    They do for the same classes and for multiple choice, not without labels.
+
+    Raises:
+        ValueError: other classes, or multiple choice against classification; the message names both.
+    """
+    if inside.is_choice != outside.is_choice:
+        kinds = {True: "multiple choice", False: "text classification"}
+        raise ValueError(
+            f"{outside.name} is {kinds[outside.is_choice]} and {inside.name} {kinds[inside.is_choice]}: a model of the "
+            "one cannot predict the other"
+        )
+    if all(example.label == -1 for example in outside.split("test")):
+        return False
+    if inside.labels is not None and outside.labels is not None and inside.labels != outside.labels:
+        raise ValueError(
+            f"{outside.name} has other classes than {inside.name} ({_difference(outside.labels, inside.labels)}), so "
+            "accuracy, NLL and calibration on it make no sense; to read it without its labels, give it as "
+            f"--ood-unlabelled {outside.name}"
+        )
+    return True
+
+
+def _source(source: str | Path, splits: tuple[str, ...]) -> Source:
+    path = Path(source)
+    if path.is_dir():
+        return _folder(path, splits)
+    if path.exists():
         raise ValueError(f"{source} is a file; pass the folder that holds train.jsonl, val.jsonl and test.jsonl")
     if str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
         raise FileNotFoundError(f"no folder {source}")
-    return _load_hub(str(source), tuple(splits), known)
+    return hub.source(str(source))
 
 
-def _load_folder(folder: Path, splits: tuple[str, ...], labels: tuple[str, ...] | None) -> Dataset:
-    files = {name: path for name in splits if (path := _split_file(folder, name)) is not None}
+def _folder(folder: Path, splits: tuple[str, ...]) -> Source:
+    names = dict.fromkeys((*splits, *SPLITS))
+    files = {name: path for name in names if (path := _split_file(folder, name)) is not None}
     if not files:
         wanted = ", ".join(f"{name}.jsonl" for name in splits)
         raise FileNotFoundError(f"{folder} has none of {wanted} (each may also end in .jsonl.gz)")
-    if (folder / "labels.json").exists():
-        names = _read_labels(folder / "labels.json")
-        if labels is not None and names != labels:
-            raise ValueError(f"{folder / 'labels.json'} does not match the model: {_difference(names, labels)}")
-        labels = names
-    rows = {name: list(_read_lines(path)) for name, path in files.items()}
-    return _build(str(folder), rows, labels)
+    return Source(
+        str(folder), {name: partial(_read_rows, path) for name, path in files.items()}, _labels_beside(folder)
+    )
 
 
-def _load_hub(name: str, splits: tuple[str, ...], labels: tuple[str, ...] | None) -> Dataset:
-    try:
-        import datasets
-    except ImportError:
-        raise ImportError(
-            f"no folder {name}; to read it as a hub data set, install `datasets`: pip install 'swag-kernels[data]'"
-        ) from None
-    try:
-        source = datasets.load_dataset(name)
-    except Exception as error:
-        raise ValueError(f"no folder {name}, and no hub data set either: {_one_line(error)}") from None
-    rows: dict[str, list[tuple[str, Any]]] = {}
-    for split in splits:
-        found = next((alias for alias in _HUB_NAMES.get(split, (split,)) if alias in source), None)
-        if found is None:
-            continue
-        rows[split] = [(f"{name}[{found}] row {i}", row) for i, row in enumerate(source[found])]
-        names = getattr(source[found].features.get("label"), "names", None)
-        if names and labels is not None and tuple(names) != labels:
-            raise ValueError(f"{name} does not match the model: {_difference(tuple(names), labels)}")
-        labels = tuple(names) if names else labels
-    if not rows:
-        raise ValueError(f"{name} has none of the splits {', '.join(splits)}; it has {', '.join(source)}")
-    return _build(name, rows, labels)
+def _has_label(row: Any) -> bool:
+    if not isinstance(row, dict):
+        return False
+    given = [row[name] for name in ("label", "answer") if name in row]
+    return any(value is not None and value != -1 for value in given)
 
 
-def _build(name: str, rows: dict[str, list[tuple[str, Any]]], labels: tuple[str, ...] | None) -> Dataset:
-    for split, lines in rows.items():
-        if not lines:
-            raise ValueError(f"{name}: the {split} split is empty")
-    first = next(iter(rows.values()))[0][1]
-    if isinstance(first, dict) and "choices" in first:
-        splits = {
-            split: [_choice(where, row, outside=split.startswith("oos")) for where, row in lines]
-            for split, lines in rows.items()
-        }
-        return Dataset(name, splits, None)
-    if labels is None:
-        labels = _labels_found(name, rows)
-    index = {label: i for i, label in enumerate(labels)}
-    splits = {
-        split: [_text(where, row, index, outside=split.startswith("oos")) for where, row in lines]
-        for split, lines in rows.items()
-    }
-    return Dataset(name, splits, labels)
+def _read_rows(path: Path) -> list[Row]:
+    return list(_read_lines(path))
 
 
-def _text(where: str, row: Any, index: dict[str, int], outside: bool) -> Example:
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise ValueError(f'{where}: expected {{"text": string, "label": ...}}')
-    if outside:
-        return Example(row["text"], -1)
-    label = row.get("label")
-    if isinstance(label, str) and label in index:
-        label = index[label]
-    if type(label) is not int or not 0 <= label < len(index):
-        raise ValueError(f"{where}: unknown label {label!r}; it must be in 0..{len(index) - 1} or a class name")
-    return Example(row["text"], label)
-
-
-def _choice(where: str, row: Any, outside: bool) -> Example:
-    form = '{"question": string, "choices": [string, string, ...], "answer": index}'
-    if not isinstance(row, dict) or not isinstance(row.get("question"), str):
-        raise ValueError(f"{where}: expected {form}")
-    choices = row.get("choices")
-    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) for c in choices):
-        raise ValueError(f"{where}: expected {form}")
-    if outside:
-        return Example(row["question"], -1, tuple(choices))
-    answer = row.get("answer")
-    if type(answer) is not int or not 0 <= answer < len(choices):
-        raise ValueError(f"{where}: unknown answer {answer!r}; it must be in 0..{len(choices) - 1}")
-    return Example(row["question"], answer, tuple(choices))
-
-
-def _labels_found(name: str, rows: dict[str, list[tuple[str, Any]]]) -> tuple[str, ...]:
-    lines = rows.get("train")
-    if lines is None:
-        raise ValueError(f"{name}: the class names are unknown without labels.json or a train split")
-    found = [row.get("label") for _, row in lines if isinstance(row, dict)]
-    names = [label for label in found if isinstance(label, str)]
-    if len(names) == len(found):
-        return tuple(sorted(set(names)))
-    return tuple(str(i) for i in range(1 + max((x for x in found if type(x) is int), default=0)))
-
-
-def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_lines(path: Path) -> Iterator[Row]:
     opener = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
@@ -194,14 +213,17 @@ def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
     except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}:{number + 1}: unreadable: {_one_line(error)}") from None
+        raise ValueError(f"{path}:{number + 1}: unreadable: {' '.join(str(error).split())}") from None
 
 
-def _read_labels(path: Path) -> tuple[str, ...]:
+def _labels_beside(folder: Path) -> tuple[str, ...] | None:
+    path = folder / "labels.json"
+    if not path.exists():
+        return None
     try:
         names = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON: {_one_line(error)}") from None
+        raise ValueError(f"{path}: not JSON: {' '.join(str(error).split())}") from None
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}: expected a list of class names")
     if len(set(names)) < len(names):
@@ -219,7 +241,3 @@ def _difference(found: tuple[str, ...], expected: tuple[str, ...]) -> str:
         return f"{len(found)} classes against {len(expected)}"
     i = next(i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b)
     return f"class {i} is {found[i]!r} against {expected[i]!r}"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

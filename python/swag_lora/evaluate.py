@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
+from . import plan
 from .data import Dataset, Example
+from .drawing import resolve_method
 from .metrics import nll, report
 from .posterior import SwagPosterior
 from .prediction import Prediction
@@ -28,10 +30,6 @@ from .tasks import Task, TaskForward
 POINT_ESTIMATES = {"map": "MAP, last epoch", "map-best": "MAP, best epoch"}
 SCALES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 _SELECTION_SAMPLES = 8
-
-# Activations of more tokens than this fall out of a CPU's caches, and then several passes are faster than one. Constants,
-# not shares of the free memory, so that the same command does the same arithmetic everywhere.
-_TOKENS_PER_PASS = {"cpu": 4096, "cuda": 65_536}
 
 Encoded = Sequence[Mapping[str, Any]]
 Predict = Callable[[Mapping[str, Tensor]], Prediction]
@@ -52,13 +50,11 @@ class Sampling:
 
     @property
     def resolved_method(self) -> str:
-        return self.method or ("antithetic" if self.antithetic else "iid")
+        return resolve_method(self.samples, 0, self.scale, self.method)
 
     @property
     def antithetic(self) -> bool:
-        if self.method not in (None, "iid") and self.samples % 2:
-            raise ValueError(f"antithetic samples come in pairs, {self.samples} is odd; take method iid")
-        return self.method != "iid" and self.samples % 2 == 0
+        return self.resolved_method != "iid"
 
 
 @dataclass(frozen=True)
@@ -86,12 +82,8 @@ class Evaluator:
 
     def batches(self, encoded: Encoded) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """Batches of examples of similar length, with the examples' places in the split."""
-        order = sorted(range(len(encoded)), key=lambda i: (encoded[i]["length"], i))
-        device = next(self.model.parameters()).device
-        for start in range(0, len(order), self.batch_size):
-            places = order[start : start + self.batch_size]
-            batch = self.task.collate(self.tokenizer, [encoded[i] for i in places])
-            yield places, {name: value.to(device) for name, value in batch.items()}
+        for places in self._places(encoded):
+            yield places, self._batch(encoded, places)
 
     def point(self, encoded: Encoded, title: str = "") -> Prediction:
         """Predictions with the model's weights as they are."""
@@ -144,9 +136,7 @@ class Evaluator:
     def prepared(self, posterior: SwagPosterior, encoded: Encoded, sampling: Sampling, part: str) -> Predictor:
         """`predictor`, after its plan for the longest batch."""
         predictor = self.predictor(posterior, encoded, sampling, part)
-        for _, batch in self.batches(encoded):
-            longest = batch
-        predictor.plan(longest)
+        predictor.plan(self._batch(encoded, self._places(encoded)[-1]))
         return predictor
 
     def predict(self, encoded: Encoded, predict: Predict, title: str) -> Prediction:
@@ -163,16 +153,28 @@ class Evaluator:
         order = torch.tensor(places).argsort()
         return joined.select(order)
 
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _places(self, encoded: Encoded) -> list[list[int]]:
+        """Of each batch's examples in the split, the shortest first."""
+        order = sorted(range(len(encoded)), key=lambda i: (encoded[i]["length"], i))
+        return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+
+    def _batch(self, encoded: Encoded, places: Sequence[int]) -> dict[str, Tensor]:
+        batch = self.task.collate(self.tokenizer, [encoded[i] for i in places])
+        return {name: value.to(self._device) for name, value in batch.items()}
+
     def _tokens(self, encoded: Encoded) -> int:
         """Of the largest batch."""
         rows = max(len(example["input_ids"]) for example in encoded)
         return min(self.batch_size, len(encoded)) * rows * max(example["length"] for example in encoded)
 
     def samples_per_pass(self, encoded: Encoded, sampling: Sampling) -> int:
-        """All of them, or as many as `_TOKENS_PER_PASS` allows for the largest batch; the least where each may be the last."""
-        device = next(self.model.parameters()).device.type
+        """All of them, or as many as one pass over the largest batch should take; the least where each may be the last."""
         group = 2 if sampling.antithetic else 1
-        step = max(group, _TOKENS_PER_PASS.get(device, 4096) // self._tokens(encoded) // group * group)
+        step = plan.samples_at_once(self._device, self._tokens(encoded), group)
         step = min(step, group * -(-sampling.samples // group // Ranks.of(self.passes.mesh).samples))
         if sampling.tolerance is not None:
             step = min(step, group * -(-draws_at_least(sampling.tolerance, sampling.scale) // 2))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -14,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import set_seed
 
 from .data import Dataset
@@ -40,6 +39,7 @@ def fit(
     max_length: int = 128,
     show: bool = False,
     task: Task | None = None,
+    scale: float | None = None,
 ) -> dict[str, Any]:
     """Train on `dataset` and write to `folder` all that `swag-lora evaluate` needs; returns what is in `fit.json`.
 
@@ -52,6 +52,7 @@ def fit(
 
     Args:
         task: how the data go through the model, where that is not what `Task.of` takes.
+        scale: of the samples; None chooses it by validation NLL.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -59,12 +60,12 @@ def fit(
     recipe.check()
     dataset.split("train")
     task = Task.of(model, dataset, max_length, recipe.seed) if task is None else task
-    work = _Work(folder / UNFINISHED, {"recipe": asdict(recipe), "task": asdict(task), "data": _fingerprint(dataset)})
+    work = _Work(folder / UNFINISHED, {"recipe": asdict(recipe), "task": asdict(task), "data": _fingerprints(dataset)})
     trained = train_task(work, task, dataset, recipe, show)
     val = trained.evaluator.encode(dataset.splits["val"]) if "val" in dataset.splits else None
-    scales = choose_scale(trained.evaluator, trained.posterior, val, recipe.seed) if val else {}
-    if scales:
-        task = replace(task, scale=min(scales, key=scales.__getitem__))
+    scales = choose_scale(trained.evaluator, trained.posterior, val, recipe.seed) if val and scale is None else {}
+    if scales or scale is not None:
+        task = replace(task, scale=min(scales, key=scales.__getitem__) if scale is None else scale)
     history = {
         "recipe": asdict(recipe),
         "data": {"name": dataset.name, **{name: len(examples) for name, examples in dataset.splits.items()}},
@@ -72,7 +73,6 @@ def fit(
         "branch_epoch": trained.branch_epoch,
         "scale_nll": {f"{scale:g}": value for scale, value in scales.items()},
         "scale": task.scale,
-        "seconds": trained.seconds,
     }
     _save(folder, task, trained, history)
     shutil.rmtree(work.folder)
@@ -88,7 +88,6 @@ class Trained:
     points: Mapping[str, State]
     nll: list[float]
     branch_epoch: int
-    seconds: dict[str, float]
 
 
 class _Work:
@@ -135,10 +134,9 @@ def train_task(work: _Work, task: Task, dataset: Dataset, recipe: Recipe, show: 
             recipe.seed,
             None if recipe.every is None else recipe.every * recipe.collections,
         )
-        seconds = train(evaluator, examples, phase, [swag], progress)
+        train(evaluator, examples, phase, [swag], progress)
     points = {"map": states["last"], "map-best": states["best"]}
-    spent = {"map": told["seconds"], "swag": seconds}
-    return Trained(evaluator, swag.posterior, points, told["nll"], told["branch_epoch"], spent)
+    return Trained(evaluator, swag.posterior, points, told["nll"], told["branch_epoch"])
 
 
 def _map_phase(
@@ -149,18 +147,18 @@ def _map_phase(
     if not path.is_file():
         snapshots = Snapshots(evaluator, val, *recipe.branch(val is not None))
         phase = Phase("MAP", work / "map", recipe.epochs, recipe.lr, "linear", recipe.batch_size, recipe.seed)
-        seconds = train(evaluator, examples, phase, [snapshots], progress)
+        train(evaluator, examples, phase, [snapshots], progress)
         states = {"last": state_of(evaluator.model), "best": snapshots.best, "branch": snapshots.branch}
-        told = {"nll": snapshots.nll, "branch_epoch": snapshots.left_after, "seconds": seconds}
+        told = {"nll": snapshots.nll, "branch_epoch": snapshots.left_after}
         kept = {f"{name}/{key}": value.clone().cpu() for name, state in states.items() for key, value in state.items()}
         write_atomic(path, lambda fresh: save_file(kept, fresh, {"json": json.dumps(told)}))
         shutil.rmtree(work / "map")
     states = {"last": {}, "best": {}, "branch": {}}
     with safe_open(path, framework="pt") as file:
         told = json.loads(file.metadata()["json"])
-        for key in file.keys():
-            name, _, parameter = key.partition("/")
-            states[name][parameter] = file.get_tensor(key)
+    for key, value in load_file(path).items():
+        name, _, parameter = key.partition("/")
+        states[name][parameter] = value
     return states, told
 
 
@@ -179,9 +177,5 @@ def _save(folder: Path, task: Task, trained: Trained, history: Mapping[str, Any]
     posterior.save_pretrained(folder)
 
 
-def _fingerprint(dataset: Dataset) -> dict[str, str]:
-    return {
-        name: hashlib.sha256(repr(examples).encode()).hexdigest()
-        for name, examples in dataset.splits.items()
-        if name in ("train", "val")
-    }
+def _fingerprints(dataset: Dataset) -> dict[str, str]:
+    return {name: dataset.fingerprint(name) for name in ("train", "val") if name in dataset.splits}

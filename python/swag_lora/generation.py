@@ -15,10 +15,11 @@ from transformers.utils import ModelOutput
 
 from swag_kernels import AverageState, bayes_average_
 
+from .drawing import resolve_method
 from .lane_cache import grow_in_place
 from .language_model import check_tokens, language_model
 from .patch import SampledModel
-from .predictor import Posterior, resolve_method
+from .predictor import Posterior
 from .row_ends import RowEnds
 
 _ALLOWED = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .drawing import resolve_method
 from .language_model import IGNORED, answers_of_rows, check_tokens, labels_to_predict, language_model
 from .output_head import SplitModel, vocabulary_size
 from .patch import SampledModel
 from .prediction import Prediction
-from .predictor import Posterior, resolve_method
+from .predictor import Posterior
 from .token_average import TokenAverage
 
 
@@ -179,24 +180,20 @@ class _Passes:
         self._model, self._posterior, self._options = model, posterior, options
         self._starts = range(0, num_samples, step)
         self.num_samples, self.step = num_samples, step
-        self._sampled: SampledModel | None = None
-        self._split: SplitModel | None = None
-
-    def __len__(self) -> int:
-        return len(self._starts)
+        self._made: tuple[SampledModel, SplitModel] | None = None
 
     def __iter__(self) -> Iterator[SplitModel]:
         for start in self._starts:
-            if self._split is None or self._sampled is None or len(self) > 1:
+            if self._made is None or len(self._starts) > 1:
                 count = min(self.step, self.num_samples - start)
                 first = self._options["first"] + start
                 weights = self._posterior.draw(count, **self._options | {"first": first})
-                if self._split is None or self._sampled is None:
-                    self._sampled = SampledModel(self._model, weights).eval()
-                    self._split = SplitModel(self._model, self._sampled)
+                if self._made is None:
+                    sampled = SampledModel(self._model, weights).eval()
+                    self._made = sampled, SplitModel(self._model, sampled)
                 else:
-                    self._sampled.set_weights(weights)
-            yield self._split
+                    self._made[0].set_weights(weights)
+            yield self._made[1]
 
 
 def _over_labels(

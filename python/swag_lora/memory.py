@@ -37,10 +37,11 @@ def parse(memory: int | str) -> int:
     Raises:
         ValueError: neither, or nothing.
     """
-    units = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
+    units = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+    units |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
     found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)\s*", str(memory).lower())
     try:
-        size = int(float(found[1]) * units[found[2].removesuffix("b") if found[2] == "b" else found[2]]) if found else 0
+        size = int(float(found[1]) * units[found[2] or "b"]) if found else 0
     except (KeyError, ValueError):
         size = 0
     if size < 1:

@@ -63,6 +63,17 @@ def ece(log_probs: Tensor, labels: Tensor, num_bins: int = 15) -> float:
     (i / num_bins, (i + 1) / num_bins] of the confidence max_c p_c. `torchmetrics` puts a confidence of exactly 1 in a
     bin of its own, so its number is larger for a model that saturates.
     """
+    bins, correct, confidence = confidence_bins(log_probs, labels, num_bins)
+    gap = torch.zeros(num_bins, dtype=torch.float64, device=bins.device)
+    gap.scatter_add_(0, bins, correct - confidence)
+    return float(gap.abs().sum() / len(bins))
+
+
+def confidence_bins(log_probs: Tensor, labels: Tensor, num_bins: int = 15) -> tuple[Tensor, Tensor, Tensor]:
+    """The bin of `ece` that each example falls into (int64), whether it is right (0 or 1), and its confidence, all [n].
+
+    Floating point is float64.
+    """
     if num_bins < 1:
         raise ValueError(f"num_bins must be at least 1, got {num_bins}")
     log_probs, labels = _checked(log_probs, labels)
@@ -71,9 +82,30 @@ def ece(log_probs: Tensor, labels: Tensor, num_bins: int = 15) -> float:
     edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64, device=confidence.device)
     # Only the inner edges, so that a confidence rounded to just above 1 stays in the last bin.
     bins = torch.bucketize(confidence, edges[1:-1])
-    gap = torch.zeros(num_bins, dtype=torch.float64, device=confidence.device)
-    gap.scatter_add_(0, bins, (predicted == labels).double() - confidence)
-    return float(gap.abs().sum() / len(labels))
+    return bins, (predicted == labels).double(), confidence
+
+
+def risk_coverage(log_probs: Tensor, labels: Tensor) -> Tensor:
+    """The error rate among the i most confident examples, for i = 1 to n; float64 [n] (El-Yaniv and Wiener 2010).
+
+    Element i - 1 is the risk at coverage i / n, by the confidence max_c p_c. Examples of equal confidence come in no
+    order: the risk is its expectation over their permutations, so it does not depend on how the examples are sorted.
+    """
+    log_probs, labels = _checked(log_probs, labels)
+    top, predicted = log_probs.max(1)
+    confidence, order = top.sort(descending=True)
+    wrong = (predicted != labels)[order].double()
+    _, group, size = confidence.unique_consecutive(return_inverse=True, return_counts=True)
+    rate = torch.zeros(len(size), dtype=torch.float64, device=wrong.device).scatter_add_(0, group, wrong) / size
+    return rate[group].cumsum(0) / torch.arange(1, len(wrong) + 1, dtype=torch.float64, device=wrong.device)
+
+
+def aurc(log_probs: Tensor, labels: Tensor) -> float:
+    """Area under the risk-coverage curve, the mean of `risk_coverage`, in [0, 1] (Geifman et al. 2019).
+
+    Small where the model is right, and where it is less confident when it is wrong.
+    """
+    return float(risk_coverage(log_probs, labels).mean())
 
 
 def ood_auroc(scores_in: Tensor, scores_out: Tensor) -> float:

@@ -46,7 +46,7 @@ class SplitModel:
         self._sampled = sampled
         self._names = {id(p): n for n, p in model.named_parameters(remove_duplicate=False) if n in sampled.weights}
         self._layer = _active(core)
-        self._linear = _linear(self._layer)
+        self._linear = _linear(_active(language_model(model)))  # the twin's has no bias where that alone is random
         self._decode = decoder.forward
         self._output: Any = None
         self._given: Tensor | None = None
@@ -122,9 +122,19 @@ def _active(core: PreTrainedModel) -> nn.Module:
 
 def _linear(head: nn.Module) -> nn.Linear:
     linear = head.base_layer if isinstance(head, LoraLinear) else head
-    if isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward:
+    if isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward and _has_rows(linear.weight):
         return linear
+    weight = type(getattr(linear, "weight", None)).__name__
     raise TypeError(
-        f"the output head is a {type(linear).__name__}, of which no rows can be computed alone: leave the head out of "
-        "quantisation and of adapters other than LoRA, or use predict() for whole logits"
+        f"the output head is a {type(linear).__name__} with a {weight}, of which no rows can be computed alone: leave "
+        "the head out of quantisation and of adapters other than LoRA, or use predict() for whole logits"
     )
+
+
+def _has_rows(weight: Tensor) -> bool:
+    """Whether rows can be taken out of it: not of every tensor that a quantised `nn.Linear` holds."""
+    try:
+        weight[:1]
+    except NotImplementedError:
+        return False
+    return True

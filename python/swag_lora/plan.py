@@ -13,8 +13,8 @@ from torch import Tensor
 
 from . import memory
 
-# Of more tokens a pass is no faster: a CPU's caches overflow, a GPU is full. A request of fewer is one pass, without
-# measuring, so that the same call does the same arithmetic everywhere.
+# Of more tokens a pass is no faster: a CPU's caches overflow, a GPU is full. Constants, not shares of what is free, so
+# that the same call does the same arithmetic everywhere.
 _TOKENS = {"cpu": 4096, "cuda": 65_536}
 _SHARE_OF_FREE = 0.8
 _GAIN = 0.95
@@ -93,7 +93,12 @@ def tokens(inputs: Mapping[str, Any]) -> int:
 
 def small(device: torch.device, num_tokens: int) -> bool:
     """Whether a pass over so many tokens of all samples needs no thought."""
-    return num_tokens <= _TOKENS.get(device.type, _TOKENS["cpu"])
+    return num_tokens <= _most_tokens(device)
+
+
+def samples_at_once(device: torch.device, num_tokens: int, group: int) -> int:
+    """How many samples of so many tokens each make a pass that is not too large, in groups that cannot be parted."""
+    return max(group, _most_tokens(device) // num_tokens // group * group)
 
 
 def first_try(num_tokens: int) -> int:
@@ -127,3 +132,7 @@ def seconds(device: torch.device, call: Callable[[], object]) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - begin
+
+
+def _most_tokens(device: torch.device) -> int:
+    return _TOKENS.get(device.type, _TOKENS["cpu"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Sequence
@@ -153,7 +154,8 @@ class SwagPosterior:
             seed: 64-bit key of the random numbers.
             first: index of the first sample.
             scale: factor on the whole covariance; 0.5 is the paper's, 0 gives the mean.
-            method: "iid", or "antithetic": samples 2j and 2j+1 are mirror images about the mean.
+            method: "iid", or "antithetic": samples 2j and 2j+1 are mirror images about the mean; or
+                "antithetic+orthogonal", where different pairs also have orthogonal z, see `structured`.
             dtype: of the samples; None takes the model's own if its random parameters share one, else float32.
             covariance: None uses the low-rank term if two columns are held, True demands it, False leaves it out.
 
@@ -190,6 +192,27 @@ class SwagPosterior:
         parameters = self.local_parameters(self.model if model is None else _unwrap(model))
         for parameter, value in zip(parameters, self.part.views(self.mean).values(), strict=True):
             parameter.copy_(value)
+
+    def truncated(self, rank: int) -> SwagPosterior:
+        """The same mean and variance with the ``rank`` most recent deviations alone; 0 gives the diagonal posterior.
+
+        Shares memory with this one, the deviations too where they lie in one stretch: to draw from and to save, not to
+        collect into.
+
+        Raises:
+            ValueError: a negative rank, or more deviations than are held.
+        """
+        count, rank = int(self.count), integer("rank", rank, minimum=0)
+        if rank > (held := min(count, self.rank)):
+            raise ValueError(f"{rank} deviations were asked for, this posterior holds {held}")
+        fewer = copy.copy(self)
+        if rank < self.rank:
+            # Collection n lies in row n mod R of a ring of R, there and here.
+            rows = [n % self.rank for n in sorted(range(count - rank, count), key=lambda n: n % rank)]
+            start = rows[0] if rows else 0
+            in_one_stretch = rows == list(range(start, start + rank))
+            fewer.deviations = self.deviations[start : start + rank] if in_one_stretch else self.deviations[rows]
+        return fewer
 
     def gathered(self) -> SwagPosterior:
         """A posterior with the whole tensors on this rank, to draw from; every rank calls. Not sharded, it is itself."""

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from . import plan
-from .drawing import Method
+from .drawing import check_counts, resolve_method
 from .forward import Forward
 from .memory import parse as parse_memory
 from .patch import SampledModel
@@ -96,16 +96,54 @@ class Predictor:
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any]) -> Prediction:
         """The averaged prediction for one batch: the model's keyword arguments, labels being ignored."""
-        if not isinstance(batch, Mapping):
-            raise TypeError(f"batch must map the model's arguments to tensors, got {type(batch).__name__}")
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        size, chosen = self._forward.size(inputs), self.plan(inputs)
-        starts = range(0, size, chosen.examples)
+        inputs = _inputs(batch)
+        chosen = self.plan(inputs)
+        places = self._places(inputs, chosen)
         parts = {}
-        for i in self._ranks.share(len(starts)):
-            few = self._forward.select(inputs, slice(starts[i], starts[i] + chosen.examples))
+        for i in self._ranks.share(len(places)):
+            few = self._forward.select(inputs, places[i])
             parts[i] = self._progress.part(few, chosen, self._examples)
-        return Prediction.cat(self._ranks.join(parts, len(starts)))
+        return Prediction.cat(self._ranks.join(parts, len(places)))
+
+    @torch.no_grad()
+    def at(self, batch: Mapping[str, Any], counts: Sequence[int]) -> list[Prediction]:
+        """The predictions after each of ``counts`` samples (ascending, even for pairs), at the price of the last alone.
+
+        Entry i averages samples ``first … first + counts[i] - 1``: what a `Predictor` of that many samples gives, up to
+        rounding. The samples of a pass end at every count; where those ends were ends already, bits are the same too.
+
+        Raises:
+            ValueError: counts out of order, above num_samples or odd for pairs; a tolerance, a mesh or a resume file.
+        """
+        if self.tolerance is not None or self._ranks.mesh is not None or self._progress.path is not None:
+            raise ValueError(
+                "predictions after several counts are made by one process for a fixed number of samples: build the "
+                "Predictor without tolerance, mesh and resume"
+            )
+        counts = check_counts(counts, self.num_samples, self._group)
+        inputs = _inputs(batch)
+        chosen, parts = self.plan(inputs), []
+        edges = self._edges(chosen, counts)
+        for place in self._places(inputs, chosen):
+            average, found = Average(self.antithetic), []
+            for edge, chunk in zip(
+                edges[1:], self._chunks(self._forward.select(inputs, place), 0, edges, average), strict=True
+            ):
+                average.merge(chunk)
+                if edge in counts:
+                    found.append(average.prediction())
+            parts.append(found)
+        return [Prediction.cat(column) for column in zip(*parts, strict=True)]
+
+    def _places(self, inputs: dict[str, Any], chosen: Plan) -> list[slice]:
+        """The examples of each pass."""
+        size, step = self._forward.size(inputs), chosen.examples
+        return [slice(start, start + step) for start in range(0, size, step)]
+
+    def _edges(self, chosen: Plan, counts: Sequence[int] = ()) -> list[int]:
+        """Where a chunk of samples ends and the next begins: wherever the plan has it, and at each of `counts`."""
+        last = counts[-1] if counts else self.num_samples
+        return sorted({*range(0, last, chosen.samples), *counts, last})
 
     @property
     def rows_computed(self) -> dict[str, int]:
@@ -118,7 +156,7 @@ class Predictor:
         What `samples_per_pass` and `examples_per_pass` say. Without them, all at once where that is little; else what a
         pass takes in memory and time is measured, once for batches of about this size.
         """
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        inputs = _inputs(batch)
         size, length = self._forward.size(inputs), plan.tokens(inputs)
         key = f"{size} examples of up to {1 << length.bit_length()} tokens"
         if key not in self._progress.plans:
@@ -155,7 +193,7 @@ class Predictor:
         if self.tolerance is not None:
             return self._until_sure(inputs, chosen, average, self.tolerance)
         done = part.restore(average)
-        for found in self._chunks(inputs, done, chosen, average):
+        for found in self._chunks(inputs, done, self._edges(chosen), average):
             average.merge(found)
             done += 1
             part.save(average, done)
@@ -165,14 +203,14 @@ class Predictor:
         """Examples leave as soon as all their probabilities are sure, or all samples are drawn."""
         places = torch.arange(self._forward.size(inputs), device=leading((), inputs).device)
         found: list[tuple[Tensor, Prediction]] = []
-        last, chunk = -(-self.num_samples // chosen.samples), 0
+        edges, chunk = self._edges(chosen), 0
         while len(places):
-            with closing(self._chunks(inputs, chunk, chosen, average)) as chunks:
+            with closing(self._chunks(inputs, chunk, edges, average)) as chunks:
                 for one in chunks:
                     average.merge(one)
                     chunk += 1
                     now = average.prediction(guarded=self._scale)
-                    sure = is_sure(now.std_error, tolerance) | (chunk == last)
+                    sure = is_sure(now.std_error, tolerance) | (chunk == len(edges) - 1)
                     if bool(sure.any()):
                         break
             counts = torch.full((int(sure.sum()),), int(now.num_samples), device=places.device)
@@ -184,16 +222,15 @@ class Predictor:
         return Prediction.cat([part for _, part in found]).select(order)
 
     def _chunks(
-        self, inputs: dict[str, Any], chunk: int, chosen: Plan, average: Average
+        self, inputs: dict[str, Any], chunk: int, edges: Sequence[int], average: Average
     ) -> Generator[Chunk, None, None]:
-        """The average over one chunk of samples after the other, from number `chunk` on."""
-        last, opened = -(-self.num_samples // chosen.samples), False
+        """The average over one chunk of samples after the other, from number `chunk` on; see `_edges`."""
+        last, opened = len(edges) - 1, False
         with ExitStack() as stack:
             for first in range(chunk, last, self._ranks.samples):
                 found, mine = None, first + self._ranks.sample_rank
                 if mine < last:
-                    start = mine * chosen.samples
-                    sampled = self._bind(self._weights(start, min(chosen.samples, self.num_samples - start)))
+                    sampled = self._bind(self._weights(edges[mine], edges[mine + 1] - edges[mine]))
                     if not opened:
                         stack.enter_context(sampled.same_batch())
                         opened = True
@@ -226,31 +263,12 @@ class Predictor:
         return weights
 
 
+def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"batch must map the model's arguments to tensors, got {type(batch).__name__}")
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
 def _nbytes(weights: Mapping[str, Tensor]) -> int:
     """Of the buffers behind the tensors."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in weights.values()}.values())
-
-
-def resolve_method(num_samples: int, first: int, scale: float, method: str | None) -> str:
-    """The method that samples `first` and following are drawn with; None takes pairs where both numbers are even.
-
-    Raises:
-        ValueError: a number out of range, an unknown method, or pairs of odd numbers.
-    """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-    if first < 0:
-        raise ValueError(f"first must be at least 0, got {first}")
-    if not scale >= 0:
-        raise ValueError(f"scale must be at least 0, got {scale}")
-    paired = num_samples % 2 == 0 and first % 2 == 0
-    if method is None:
-        return "antithetic" if paired else "iid"
-    if method not in get_args(Method):
-        raise ValueError(f"method must be one of {', '.join(map(repr, get_args(Method)))}, got {method!r}")
-    if method != "iid" and not paired:
-        raise ValueError(
-            "antithetic samples come in pairs: num_samples and first must be even, "
-            f"got {num_samples} and {first}; use method='iid' for odd numbers"
-        )
-    return method

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from swag_kernels import AverageState
 
+from .files import write_atomic
 from .plan import Plan
 from .prediction import Average, Prediction
 from .ranks import Ranks, digest
@@ -118,14 +118,8 @@ class Progress:
         plans = json.dumps({name: (plan.samples, plan.examples) for name, plan in self.plans.items()})
         said = {"kind": KIND, "owner": self._owner, "inputs": json.dumps(self._inputs), "chunks": str(self._chunks)}
         said["plans"] = plans  # measured, so another time they might be others
-        fresh = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.partial")
-        try:
-            save_file({name: t.contiguous().clone() for name, t in tensors.items()}, fresh, metadata=said)
-            with open(fresh, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(fresh, self.path)
-        finally:
-            fresh.unlink(missing_ok=True)
+        copies = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+        write_atomic(self.path, lambda fresh: save_file(copies, fresh, metadata=said))
 
     def _load(self) -> tuple[list[dict[str, Tensor]], list[str], dict[str, Tensor], int, dict[str, Plan]] | None:
         assert self.path is not None

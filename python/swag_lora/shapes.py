@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -129,8 +129,8 @@ class Shape:
         fit = 1 + (free - extra - one * dtype.itemsize) // each if each else 0
         way_out = f"--layers {fit} fits" if fit >= 1 else "not even one layer fits"
         raise ValueError(
-            f"{self.name} with {self.layers} layers needs {gib(needed)} for its {dtype_name(dtype)} weights and "
-            f"{gib(extra)} to work, {gib(free)} of memory is free on {device}: {way_out}"
+            f"{self.name} with {self.layers} layers needs {memory.text(needed)} for its {dtype_name(dtype)} weights "
+            f"and {memory.text(extra)} to work, {memory.text(free)} of memory is free on {device}: {way_out}"
         )
 
     def build(self, dtype: torch.dtype, device: torch.device, seed: int) -> nn.Module:
@@ -192,16 +192,6 @@ class LinearSizes:
 def _linear_weights(module: nn.Module) -> int:
     weights = [m.weight for m in module.modules() if isinstance(m, (nn.Linear, Conv1D))]
     return sum(weight.numel() for weight in weights)
-
-
-def sharing(model: nn.Module) -> Any:
-    """A copy of the module tree that shares every parameter and buffer: another adapter on it costs only itself."""
-    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
-def gib(size: float) -> str:
-    return f"{size / 2**30:.3g} GiB"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -50,8 +50,7 @@ def draw_orthogonal(
     z = (low_rank_scale * z).to(deviations)
     zero = torch.zeros_like(mean)
     out = torch.empty(num_samples, len(mean), dtype=dtype, device=mean.device)
-
-    def write(group: int, z: Tensor) -> None:
+    for group, rows in zip(groups, z.split(PAIRS), strict=True):
         noise = draw(
             zero,
             std,
@@ -64,14 +63,12 @@ def draw_orthogonal(
             antithetic=False,
             layout=layout,
             dtype=mean.dtype,
-        ).addmm_(z, deviations)
+        ).addmm_(rows, deviations)
         first = 2 * PAIRS * group
         for sample in range(max(first, first_sample), min(first + 2 * PAIRS, first_sample + num_samples)):
             sign = -1 if sample % 2 else 1
             torch.add(mean, noise[(sample - first) // 2], alpha=sign, out=out[sample - first_sample])
-
-    for group, rows in zip(groups, z.split(PAIRS), strict=True):
-        write(group, rows)
+        del noise  # before the next group's is made
     return out
 
 

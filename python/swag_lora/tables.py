@@ -6,13 +6,14 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from .files import write_text
 
 _COLUMNS = {
     "accuracy": "accuracy",
@@ -71,7 +72,7 @@ def write_json(result: Mapping[str, Any], target: str | None) -> None:
     if target == "-":
         sys.stdout.write(text)
     elif target is not None:
-        Path(target).write_text(text, encoding="utf-8")
+        write_text(target, text)
 
 
 def _best(key: str, rows: Sequence[Mapping[str, Any]]) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from .recipe import WARMUP
 
 State = dict[str, Tensor]
 
-_WHOLE = "whole.json"
+_WHOLE = "whole"
 _SNAPSHOTS = "snapshots"
 
 
@@ -46,14 +45,11 @@ class Phase:
 
 def train(
     evaluator: Evaluator, examples: Encoded, phase: Phase, callbacks: Sequence[TrainerCallback], progress: Progress
-) -> float:
+) -> None:
     """Train the evaluator's model, from the last whole checkpoint in the phase's folder if there is one.
 
     A checkpoint is written after each epoch, with the states of the random number generators, so that a phase which was
     killed gives the bits of one that was not.
-
-    Returns:
-        Seconds it took, those before an interruption included.
     """
     total = phase.epochs * math.ceil(len(examples) / phase.batch_size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,16 +75,17 @@ def train(
         dataloader_pin_memory=False,
     )
     checkpoint = _last_whole(phase.folder)
-    clock = Clock(0.0 if checkpoint is None else json.loads((checkpoint / _WHOLE).read_text())["seconds"])
     trainer = TaskTrainer(
-        evaluator, args=arguments, train_dataset=list(examples), callbacks=[*callbacks, Bar(progress, phase.title), clock]
+        evaluator,
+        args=arguments,
+        train_dataset=list(examples),
+        callbacks=[*callbacks, Bar(progress, phase.title), Whole()],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     model = trainer.accelerator.unwrap_model(evaluator.model, keep_fp32_wrapper=False)
     # Else the next phase's Trainer would take the model for prepared, and train it without autocast.
     vars(model).pop("_is_accelerate_prepared", None)
-    return clock.seconds
 
 
 class TaskTrainer(Trainer):
@@ -151,21 +148,13 @@ class Snapshots(TrainerCallback):
         (folder / f"{_SNAPSHOTS}.json").write_text(json.dumps({"nll": self.nll, "left_after": self.left_after}))
 
 
-class Clock(TrainerCallback):
-    """Counts seconds of training, and marks a checkpoint as whole once all other callbacks have written theirs."""
-
-    def __init__(self, before: float) -> None:
-        self._begin = time.perf_counter() - before
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self._begin
+class Whole(TrainerCallback):
+    """Marks a checkpoint as whole, once all other callbacks have written theirs."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # The Trainer would go on from a last epoch that was cut short, past its own end.
         if float(state.epoch).is_integer():
-            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            write_text(folder / _WHOLE, json.dumps({"seconds": self.seconds}))
+            write_text(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / _WHOLE, "")
 
 
 class Bar(TrainerCallback):

@@ -17,7 +17,8 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from .prefix import Boundary, Prefix
 from .sample_axis import SampleAxis
-from .sampled_modules import SampledModule, sampled_leaf, sampled_lora_module
+from .sampled_leaves import sampled_leaf
+from .sampled_modules import SampledModule, sampled_lora_module
 
 _READS_WEIGHTS_DIRECTLY = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 _DEBERTA_BATCHED = ("hidden_states", "attention_mask", "query_states")
@@ -30,8 +31,8 @@ def twin_of(model: nn.Module) -> nn.Module:
 
 
 def _to_share(value: object) -> Iterator[object]:
-    """Tensors, configs and owners of hooks within an attribute value, which the twin has in common with the model."""
-    if isinstance(value, (Tensor, PretrainedConfig, GenerationConfig, PeftConfig)):
+    """Tensors, configs, owners of hooks and quantisation states within an attribute value: what twin and model share."""
+    if isinstance(value, (Tensor, PretrainedConfig, GenerationConfig, PeftConfig)) or _is_quantisation_state(value):
         yield value
     elif isinstance(value, MethodType):
         if not isinstance(value.__self__, nn.Module):
@@ -42,6 +43,11 @@ def _to_share(value: object) -> Iterator[object]:
     elif isinstance(value, (list, tuple, set)):
         for item in value:
             yield from _to_share(item)
+
+
+def _is_quantisation_state(value: object) -> bool:
+    """Whether it is what a layer of bitsandbytes keeps beside its weight, and moves the weight's own tensors to when called."""
+    return type(value).__module__.startswith("bitsandbytes.") and not isinstance(value, nn.Module)
 
 
 def install(

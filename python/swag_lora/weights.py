@@ -22,8 +22,8 @@ class SampledWeights(Mapping[str, Tensor]):
         buffer: ``[S, N]`` with ``N = layout.size``, in the dtype the model computes in.
         seed: seed the samples came from, None where that means nothing (an ensemble).
         first: index of the first sample; row i of the buffer is sample ``first + i`` of the seed.
-        method: how the samples were made: "iid", "antithetic" (samples 2j and 2j+1 mirror each other about the mean)
-            or "given".
+        method: how the samples were made: "iid", "antithetic" or "antithetic+orthogonal" (in both, samples 2j and 2j+1
+            mirror each other about the mean), or "given".
     """
 
     def __init__(

@@ -14,12 +14,13 @@ SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 WORDS = (*SPECIALS, *COLORS, *OBJECTS, "the", "is", "or", "which", "?")
+PROMPT_WORDS = (*WORDS, "question", "answer", ":", ".", *"abcdef")
 
 
 def save_tiny_bert(folder):
     """A random BERT of two layers whose words are WORDS; its checkpoint has no pooler and no head."""
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    _save_tokenizer(folder, names)
+    save_tokenizer(folder, names)
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(WORDS),
@@ -36,15 +37,16 @@ def save_tiny_bert(folder):
 
 def save_tiny_gpt2(folder):
     """A random GPT-2 of two layers: no multiple-choice head in transformers, and no padding token."""
-    _save_tokenizer(folder, {"unk_token": "[UNK]", "eos_token": "[SEP]"})
+    save_tokenizer(folder, {"unk_token": "[UNK]", "eos_token": "[SEP]"}, PROMPT_WORDS)
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=len(WORDS), n_embd=16, n_layer=2, n_head=2, n_positions=32, eos_token_id=3)
+    config = GPT2Config(vocab_size=len(PROMPT_WORDS), n_embd=16, n_layer=2, n_head=2, n_positions=32, eos_token_id=3)
     GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
 
 
-def _save_tokenizer(folder, names):
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+def save_tokenizer(folder, names, words=WORDS):
+    """Words in lower case; every text begins with [CLS] and ends with [SEP]."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(

@@ -85,6 +85,15 @@ def run_ranks(
     return results
 
 
+def refused(call: Callable[[], object]) -> str | None:
+    """The error of ``call``, None if it raises none: what a rank has to tell the test."""
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
 def _result(connection: Connection, rank: int, world_size: int, may_die: bool) -> Any:
     try:
         result, error = pickle.loads(connection.recv_bytes())

@@ -7,16 +7,18 @@ import torch
 from encoder_models import save_tiny_gpt2
 from transformers import BertConfig, LlamaConfig
 
-from swag_lora import bench_strategies, memory
+from swag_lora import bench_baselines, memory
 from swag_lora.bench import Calm, Sweep
+from swag_lora.bench_baselines import AdapterNames, TooSlow, Vmap, prebuilt
 from swag_lora.bench_case import Adapted, Case
 from swag_lora.bench_error import error_curve
 from swag_lora.bench_limits import Limits
 from swag_lora.bench_plan import Pace, Settings
 from swag_lora.bench_report import COLUMNS, Row, csv_text
-from swag_lora.bench_strategies import FAMILIES, OnePass, TooSlow, prebuilt, strategies
+from swag_lora.bench_strategies import FAMILIES, OnePass, strategies
 from swag_lora.cli import main
-from swag_lora.shapes import SHAPES, LinearSizes, Shape, sharing
+from swag_lora.shapes import SHAPES, LinearSizes, Shape
+from swag_lora.twin import twin_of
 
 # torch lists the functions that a default device governs when it meets the first one: before `poisoned` replaces some.
 with torch.device("meta"):
@@ -67,7 +69,7 @@ def bench(home, capsys):
 @pytest.mark.parametrize("shape", [ENCODER, DECODER], ids=["encoder", "decoder"])
 @pytest.mark.parametrize("samples", [1, 5, 6])
 def test_every_strategy_averages_the_same_samples(shape, samples, monkeypatch):
-    monkeypatch.setattr("swag_lora.bench_case._TOKENS_PER_PASS", {"cpu": 4 * 15})  # so that passes are cut
+    monkeypatch.setattr("swag_lora.plan._TOKENS", {"cpu": 4 * 15})  # so that passes are cut
     base = shape.build(torch.float32, CPU, 0)
     models = {late: Adapted.of(shape, base, 4, None, layers) for late, layers in ((False, 4), (True, 1))}
     inputs = shape.batch(base, 3, 5, CPU, 0)
@@ -114,7 +116,7 @@ def test_the_late_axis_begins_late():
 def test_adapters_are_loaded_as_samples_grow_and_not_past_the_deadline():
     model = adapted(ENCODER)
     inputs = ENCODER.batch(model.model, 1, 5, CPU, 0)
-    way = bench_strategies.AdapterNames()
+    way = AdapterNames()
     way.prepare(Case(model, inputs, 2, 0), float("inf"))
     with pytest.raises(TooSlow, match="loaded 2 adapters of 4"):
         way.prepare(Case(model, inputs, 4, 0), 0.0)
@@ -157,7 +159,7 @@ def test_a_wrong_strategy_is_not_timed(monkeypatch):
     def wrong(self, case, deadline):
         return prebuilt().prepare(case.few(case.samples - 1), deadline)
 
-    monkeypatch.setattr(bench_strategies.Vmap, "prepare", wrong)
+    monkeypatch.setattr(Vmap, "prepare", wrong)
     sweep = Sweep(settings(samples=(16,), families=("prebuilt", "vmap")))
     loop, vmap = next(sweep.cases())
     assert is_timed(loop) and loop.x_prebuilt is None
@@ -190,7 +192,7 @@ def test_what_a_strategy_cannot_do_is_a_reason(monkeypatch):
     def impossible(*args, **kwargs):
         raise RuntimeError("vmap: no batching rule\nfor this")
 
-    monkeypatch.setattr(bench_strategies, "vmap", impossible)
+    monkeypatch.setattr(bench_baselines, "vmap", impossible)
     (row,) = next(Sweep(settings(samples=(2,), families=("vmap",))).cases())
     assert (row.status, row.reason) == ("skipped", "not possible: vmap: no batching rule for this")
 
@@ -261,7 +263,7 @@ def test_memory_is_asked_before_building(monkeypatch):
 
 def test_a_shared_tree_costs_no_tensors():
     model = ENCODER.build(torch.float32, CPU, 0)
-    copy = sharing(model)
+    copy = twin_of(model)
     assert all(a is b for a, b in zip(model.parameters(), copy.parameters(), strict=True))
     assert not {id(module) for module in model.modules()} & {id(module) for module in copy.modules()}
 

@@ -305,7 +305,7 @@ def test_resume_goes_on_from_the_folder(home, capsys, tmp_path):
 
 def test_odd_samples_are_no_pairs(home, capsys):
     options = ["--samples", "3", "--method", "antithetic"]
-    assert "3 is odd" in refused(capsys, "evaluate", home / "colors-fit", "--data", home / "colors", *options)
+    assert "must be even" in refused(capsys, "evaluate", home / "colors-fit", "--data", home / "colors", *options)
     assert evaluate(home, capsys, "colors", "--samples", "3")["method"] == "iid"
 
 

@@ -9,8 +9,9 @@ from rich.console import Console
 from swag_lora import data, demo, tables
 from swag_lora.cli import main
 from swag_lora.evaluate import Sampling
-from swag_lora.fit import Recipe, TaskTrainer
 from swag_lora.loop import Loop
+from swag_lora.recipe import Recipe
+from swag_lora.training import TaskTrainer
 
 SMALL = Recipe(epochs=3, collections=4, rank=4, lr=0.03, swag_lr=0.01, batch_size=8, threads=1)
 

@@ -1,5 +1,6 @@
 """Metrics against definitions written out in numpy, and the inputs that trip them."""
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from torchmetrics.functional.classification import (
 from swag_lora import metrics
 
 PER_CLASS = [metrics.nll, metrics.brier, metrics.accuracy, metrics.mcc, metrics.ece]
+CHECKED = [*PER_CLASS, metrics.aurc, metrics.confidence_bins]
 
 
 def problem(n=400, num_classes=5, sharpness=2.0, seed=0):
@@ -134,6 +136,51 @@ def test_mcc_is_zero_where_undefined():
     assert metrics.mcc(one_class, torch.zeros(10, dtype=torch.long)) == 0
 
 
+def test_confidence_bins_are_those_of_the_calibration_error():
+    log_probs, labels = problem()
+    bins, correct, confidence = metrics.confidence_bins(log_probs, labels, 15)
+    p = log_probs.double().exp().numpy()
+    np.testing.assert_array_equal(bins, np.ceil(p.max(1) * 15).astype(int) - 1)
+    np.testing.assert_array_equal(correct, p.argmax(1) == labels.numpy())
+    np.testing.assert_allclose(confidence, p.max(1), rtol=1e-12)
+    gaps = [abs((correct - confidence)[bins == i].sum()) for i in range(15)]
+    assert metrics.ece(log_probs, labels, 15) == pytest.approx(float(sum(gaps)) / len(labels), rel=1e-12)
+    saturated = torch.tensor([[0.0, -math.inf]])
+    assert metrics.confidence_bins(saturated, torch.tensor([0]))[0].tolist() == [14]
+
+
+def risk_by_hand(confidence, wrong):
+    """The mean, over all orders of examples that are sorted by confidence, of the error rates of the first i."""
+    curves = []
+    for order in itertools.permutations(range(len(wrong))):
+        if all(confidence[a] >= confidence[b] for a, b in itertools.pairwise(order)):
+            curves.append([np.mean([wrong[j] for j in order[:i]]) for i in range(1, len(wrong) + 1)])
+    return np.mean(curves, 0)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=6))
+def test_risk_coverage_with_ties(examples):
+    confidence = np.array([0.55 + level / 10 for level, _ in examples])
+    wrong = np.array([bad for _, bad in examples], dtype=int)
+    log_probs = torch.from_numpy(np.stack([confidence, 1 - confidence], 1)).log()
+    curve = metrics.risk_coverage(log_probs, torch.from_numpy(wrong))
+    by_hand = risk_by_hand(confidence, wrong)
+    np.testing.assert_allclose(curve, by_hand, atol=1e-12)
+    assert metrics.aurc(log_probs, torch.from_numpy(wrong)) == pytest.approx(by_hand.mean(), abs=1e-12)
+
+
+def test_aurc_of_a_ranking_without_ties():
+    log_probs, labels = problem(n=300)
+    p = log_probs.double().exp().numpy()
+    total = 0.0
+    for threshold in p.max(1):
+        kept = p.max(1) >= threshold
+        total += (p.argmax(1) != labels.numpy())[kept].mean()
+    assert metrics.aurc(log_probs, labels) == pytest.approx(total / 300, rel=1e-12)
+    assert float(metrics.risk_coverage(log_probs, labels)[-1]) == pytest.approx(1 - metrics.accuracy(log_probs, labels))
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.integers(-3, 12), min_size=1, max_size=30),
@@ -174,7 +221,7 @@ def test_report():
     assert not any("mutual" in name for name in metrics.report(inside, labels, outside))
 
 
-@pytest.mark.parametrize("metric", PER_CLASS)
+@pytest.mark.parametrize("metric", CHECKED)
 def test_bad_input(metric):
     log_probs, labels = problem(n=6)
     with pytest.raises(ValueError, match="at least one example"):

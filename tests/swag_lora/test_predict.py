@@ -187,6 +187,51 @@ def test_predictor_draws_once(head):
         torch.testing.assert_close(getattr(joined, name), getattr(whole, name), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("method", "counts"), [("iid", (1, 3, 4, 9, 16)), ("antithetic", (2, 6, 8, 16))])
+@pytest.mark.parametrize("examples", [None, 2])
+def test_after_several_counts(head, method, counts, examples):
+    """Each as if it were the number asked for, in one go over the samples of the last."""
+    posterior, batch = GaussianHead(head), {"x": torch.randn(5, 6), "labels": torch.zeros(5)}
+    named = {"seed": 2, "first": 4, "method": method, "examples_per_pass": examples}
+    found = Predictor(head, posterior, 16, samples_per_pass=4, **named).at(batch, counts)
+    assert sum(SampledHead.seen) == 16 * (1 if examples is None else 3)
+    assert [prediction.num_samples for prediction in found] == list(counts)
+    for count, prediction in zip(counts, found, strict=True):
+        alone = predict(head, posterior, batch, count, **named)
+        for name in FIELDS:
+            torch.testing.assert_close(
+                getattr(prediction, name), getattr(alone, name), rtol=1e-5, atol=1e-6, equal_nan=True
+            )
+
+
+def test_counts_where_chunks_end_leave_the_bits(head):
+    posterior, batch = GaussianHead(head), {"x": torch.randn(5, 6)}
+    predictor = Predictor(head, posterior, 16, samples_per_pass=4)
+    eight, twelve = predictor.at(batch, (8, 12))
+    assert_equal_fields(predictor.at(batch, (4, 8, 16))[-1], predictor(batch))
+    assert_equal_fields(eight, predict(head, posterior, batch, 8, samples_per_pass=4))
+    assert_equal_fields(twelve, predict(head, posterior, batch, 12, samples_per_pass=4))
+
+
+def test_counts_that_do_not_fit(head, tmp_path):
+    posterior, batch = GaussianHead(head), {"x": torch.randn(2, 6)}
+    predictor = Predictor(head, posterior, 8)
+    for counts in ((), (4, 2), (2, 2), (2, 10)):
+        with pytest.raises(ValueError, match="counts must ascend, up to num_samples=8"):
+            predictor.at(batch, counts)
+    with pytest.raises(ValueError, match=r"counts must be even, got \[2, 3\]"):
+        predictor.at(batch, (2, 3))
+    with pytest.raises(ValueError, match="a count must be at least 1"):
+        predictor.at(batch, (0, 2))
+    with pytest.raises(TypeError, match="a count must be an integer"):
+        predictor.at(batch, (2.0, 4))
+    with pytest.raises(TypeError, match="batch must map"):
+        predictor.at(torch.randn(2, 6), (2,))
+    for named in ({"tolerance": 0.01}, {"num_samples": 8, "resume": tmp_path / "file"}):
+        with pytest.raises(ValueError, match="without tolerance, mesh and resume"):
+            Predictor(head, posterior, **named).at(batch, (2, 4))
+
+
 def test_method_defaults(head):
     posterior, batch = GaussianHead(head), {"x": torch.randn(2, 6)}
     for num_samples, first in [(4, 0), (3, 0), (4, 2), (4, 1)]:

@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from posterior_models import tiny_peft, trainable
-from ranks import run_ranks
+from ranks import refused, run_ranks
 from torch.nn.parallel import DistributedDataParallel
 
 from swag_lora import SwagPosterior, checkpoint
@@ -41,14 +41,6 @@ def train_and_collect(posterior, model, times=TIMES):
 def digest(posterior):
     content = b"".join(tensor.numpy().tobytes() for tensor in posterior.state_dict().values())
     return hashlib.sha256(content).hexdigest()
-
-
-def refused(call):
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return None
 
 
 def replicated(folder):

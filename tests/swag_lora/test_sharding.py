@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from posterior_models import tiny_peft
-from ranks import run_ranks
+from ranks import refused, run_ranks
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -112,15 +112,6 @@ def same_part(posterior, reference):
         torch.equal(part, torch.stack([shard_of(row, ranks, rank) for row in whole]))
         for whole, part in zip(rows[0].values(), rows[1].values(), strict=True)
     )
-
-
-def refused(call):
-    """The error of ``call``, None if it raises none."""
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return None
 
 
 def save_references(folder):
