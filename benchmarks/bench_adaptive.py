@@ -16,7 +16,7 @@ from torch import Tensor
 from fitted import SOURCES, fitted
 from harness import alternate, compare
 from swag_lora import Prediction
-from swag_lora.evaluate import Sampling
+from swag_lora.evaluator import Sampling
 from swag_lora.loop import Loop
 
 EXAMPLES, BATCH, SAMPLES, MOST = 32, 16, 32, 512

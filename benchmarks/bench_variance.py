@@ -15,7 +15,7 @@ from torch import Tensor
 from fitted import SOURCES, fitted
 from harness import Row
 from swag_lora import SampledModel, SampledWeights, SwagPosterior
-from swag_lora.evaluate import Evaluator
+from swag_lora.evaluator import Evaluator
 
 METHODS = ("iid", "antithetic", "antithetic+orthogonal")
 SIZES = (2, 4, 8, 16, 32)

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from swag_lora import SwagPosterior
 from swag_lora.data import Dataset
 from swag_lora.demo import fit_demo_posterior
-from swag_lora.evaluate import Evaluator
+from swag_lora.evaluator import Evaluator
 
 SOURCES = {"demo": None} | ({"clinc150": os.environ["CLINC150"]} if "CLINC150" in os.environ else {})
 

@@ -58,15 +58,17 @@ def prompt_rows(
     return {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
 
 
-def load(model: str, tokens: Sequence[int]) -> tuple[PreTrainedModel, str]:
+def load(model: str, tokens: Sequence[int], device: str | None = None) -> tuple[PreTrainedModel, str]:
     """The causal language model of a folder or hub name with only these rows of its head, and the head's name.
+
+    On the `device` "meta" its weights are not read.
 
     Raises:
         ValueError: no model, or a checkpoint without the head.
         TypeError: see `keep_rows`.
     """
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, device_map=device)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the model {model}: {' '.join(str(error).split())[:200]}") from None
     core, report = loaded

@@ -1,10 +1,9 @@
-"""The command `swag-lora`: demo, fit, evaluate, bench, info."""
+"""The command `swag-lora`: demo, fit, evaluate, reproduce, compare, export, import, bench, info."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import logging
 import os
 import sys
 import warnings
@@ -13,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from . import bench_cli
-from .arguments import at_least, check_parent, count, fraction, names, non_negative, positive, probability
+from . import bench_cli, compare_cli, recipe_arguments, reproduce_cli, transfer_cli
+from .arguments import at_least, check_parent, count, fraction, non_negative
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,27 +48,16 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _fit(arguments: argparse.Namespace) -> None:
     from . import data, fit, tables
+    from .tasks import Task
 
     check_parent(arguments.json, "--json")
+    recipe = recipe_arguments.recipe(arguments, arguments.seed)
     dataset = data.load(arguments.data, ("train", "val"))
     if arguments.train_examples:
         dataset = dataset.subset({"train": arguments.train_examples}, arguments.seed)
-    recipe = fit.Recipe(
-        epochs=arguments.epochs,
-        start=arguments.start,
-        collections=arguments.collections,
-        rank=arguments.rank,
-        lr=arguments.lr,
-        swag_lr=arguments.lr / 10 if arguments.swag_lr is None else arguments.swag_lr,
-        batch_size=arguments.batch_size,
-        lora_rank=arguments.lora_rank,
-        lora_alpha=2 * arguments.lora_rank if arguments.lora_alpha is None else arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
-        target_modules=arguments.target_modules,
-        seed=arguments.seed,
-        threads=arguments.threads,
-    )
-    history = fit.fit(arguments.output, arguments.model, dataset, recipe, arguments.max_length, show=True)
+    how = arguments.task, arguments.template, arguments.train_head
+    task = Task.of(arguments.model, dataset, arguments.max_length, recipe.seed, *how)
+    history = fit.fit(arguments.output, arguments.model, dataset, recipe, arguments.max_length, show=True, task=task)
     tables.write_json(history, arguments.json)
     print(
         f"posterior of {recipe.collections} collections in {arguments.output}; "
@@ -80,18 +68,20 @@ def _fit(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from . import data, evaluate, launch, tables
+    from .evaluator import Passes, Sampling
+    from .tasks import Task
 
     check_parent(arguments.json, "--json")
-    task = evaluate.Task.load(arguments.folder)
+    task = Task.load(arguments.folder)
     dataset = data.load(arguments.data, ("test", "oos_test"), task.labels)
     task.check(dataset)
     with launch.ranks(arguments.data_ranks) as mesh:
         first = mesh is None or not any(mesh.get_coordinate() or ())
         evaluator, posterior = evaluate.load_folder(arguments.folder, arguments.model, arguments.batch_size, show=first)
-        passes = evaluate.Passes(arguments.memory, mesh, arguments.resume)
+        passes = Passes(arguments.memory, mesh, arguments.resume)
         evaluator = replace(evaluator, passes=passes)
         scale = task.scale if arguments.scale is None else arguments.scale
-        sampling = evaluate.Sampling(arguments.samples, arguments.seed, scale, arguments.method, arguments.tolerance)
+        sampling = Sampling(arguments.samples, arguments.seed, scale, arguments.method, arguments.tolerance)
         rows, computed = evaluate.rows(arguments.folder, evaluator, posterior, dataset, sampling)
         if not first:
             return
@@ -148,20 +138,10 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("model", help="folder or hub name of a transformers model")
     fit.add_argument("--data", required=True, help="folder with train and val as .jsonl or .jsonl.gz, or hub data set")
     fit.add_argument("--output", type=Path, required=True, help="folder for the posterior")
-    fit.add_argument("--epochs", type=count, default=15, help="of the point estimate (default 15)")
-    fit.add_argument("--start", type=fraction, help="SWAG leaves after this fraction of them (the best on val)")
-    fit.add_argument("--collections", type=at_least(2), default=10, help="SWAG epochs, one collection each (10)")
-    fit.add_argument("--rank", type=at_least(2), default=10, help="deviations kept (10)")
-    fit.add_argument("--lr", type=positive, default=1e-3, help="peak learning rate (1e-3)")
-    fit.add_argument("--swag-lr", type=positive, help="constant rate while collecting (a tenth of --lr)")
-    fit.add_argument("--batch-size", type=count, default=32)
-    fit.add_argument("--max-length", type=count, default=128, help="tokens of an input (128)")
+    recipe_arguments.add_task(fit)
     fit.add_argument("--train-examples", type=count, help="at most so many, drawn at random")
-    fit.add_argument("--lora-rank", type=count, default=8)
-    fit.add_argument("--lora-alpha", type=count, help="(twice the rank)")
-    fit.add_argument("--lora-dropout", type=probability, default=0.1)
-    fit.add_argument("--target-modules", type=names, help="such as query,value (what PEFT takes for the model)")
-    _common(fit)
+    recipe_arguments.add(fit, "default", at_least(2))
+    _seed_and_json(fit)
     fit.set_defaults(run=_fit)
 
     evaluate = commands.add_parser("evaluate", help="compare point estimates with the posterior on test data")
@@ -187,6 +167,24 @@ def _parser() -> argparse.ArgumentParser:
     bench_cli.arguments(bench)
     _seed_and_json(bench)
     bench.set_defaults(run=_bench)
+
+    reproduce = commands.add_parser(
+        "reproduce", help="the paper's experiment: every baseline, over seeds, with a report"
+    )
+    reproduce_cli.reproduce_arguments(reproduce)
+    reproduce.set_defaults(run=reproduce_cli.run_reproduce)
+
+    compare = commands.add_parser("compare", help="runs of reproduce side by side, with paired bootstrap intervals")
+    compare_cli.compare_arguments(compare)
+    compare.set_defaults(run=compare_cli.run_compare)
+
+    export = commands.add_parser("export", help="samples as ordinary PEFT adapters, or merged into whole models")
+    transfer_cli.export_arguments(export)
+    export.set_defaults(run=transfer_cli.run_export)
+
+    imported = commands.add_parser("import", help="a run of the published SWAG-LoRA code as a posterior folder")
+    transfer_cli.import_arguments(imported)
+    imported.set_defaults(run=transfer_cli.run_import)
 
     info = commands.add_parser("info", help="what is installed, or what a posterior folder holds")
     info.add_argument("folder", nargs="?")
@@ -219,12 +217,10 @@ def _quiet() -> None:
     """Only our own lines on the terminal."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.simplefilter("ignore")
-    for library in ("torch.utils._pytree", "torchao", "bitsandbytes"):  # they speak when transformers imports them
-        logging.getLogger(library).setLevel(logging.ERROR)
-    from transformers.utils import logging as of_transformers
+    from transformers.utils import logging
 
-    of_transformers.set_verbosity_error()
-    of_transformers.disable_progress_bar()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def _version(package: str) -> str:

@@ -16,7 +16,8 @@ import torch
 from . import data as reading
 from . import synthetic
 from .data import Dataset
-from .evaluate import Encoded, Evaluator, Predict, Sampling, load_folder, rows
+from .evaluate import load_folder, rows
+from .evaluator import Encoded, Evaluator, Predict, Sampling
 from .fit import HISTORY_FILE, Recipe, fit
 from .loop import Loop
 from .posterior import SwagPosterior

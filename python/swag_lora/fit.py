@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers import set_seed
 
 from .data import Dataset
-from .evaluate import Encoded, Evaluator, choose_scale
+from .evaluator import Encoded, Evaluator
 from .files import write_atomic, write_text
 from .posterior import SwagPosterior
 from .recipe import Recipe
+from .scale import choose_scale
 from .tasks import Task
 from .threads import threads
 from .trainer import SwagCallback
@@ -63,15 +64,21 @@ def fit(
     work = _Work(folder / UNFINISHED, {"recipe": asdict(recipe), "task": asdict(task), "data": _fingerprints(dataset)})
     trained = train_task(work, task, dataset, recipe, show)
     val = trained.evaluator.encode(dataset.splits["val"]) if "val" in dataset.splits else None
-    scales = choose_scale(trained.evaluator, trained.posterior, val, recipe.seed) if val and scale is None else {}
-    if scales or scale is not None:
-        task = replace(task, scale=min(scales, key=scales.__getitem__) if scale is None else scale)
+    chosen = (
+        choose_scale(trained.evaluator, trained.posterior, val, seed=recipe.seed) if val and scale is None else None
+    )
+    if chosen is not None:
+        scale = chosen.scale
+    if scale is not None:
+        task = replace(task, scale=scale)
     history = {
         "recipe": asdict(recipe),
         "data": {"name": dataset.name, **{name: len(examples) for name, examples in dataset.splits.items()}},
         "validation_nll": trained.nll,
         "branch_epoch": trained.branch_epoch,
-        "scale_nll": {f"{scale:g}": value for scale, value in scales.items()},
+        "scale_nll": {}
+        if chosen is None
+        else {f"{c:g}": nll for c, nll in zip(chosen.scales, chosen.nll, strict=True)},
         "scale": task.scale,
     }
     _save(folder, task, trained, history)

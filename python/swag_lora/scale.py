@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .drawing import Method
-from .evaluate import Encoded, Evaluator, Sampling
+from .evaluator import Encoded, Evaluator, Sampling, labels_of
 from .layout import Layout, common_dtype
 from .metrics import accuracy, brier, ece, nll
 from .mixture import Member, Mixture
@@ -133,8 +132,7 @@ def choose_scale(
         raise ValueError("a scale is chosen on validation examples, and there are none: give a number for the scale")
     if not scales or not all(math.isfinite(scale) and scale >= 0 for scale in scales):
         raise ValueError(f"the scales to choose from must be finite and not negative, got {list(scales)}")
-    labels = torch.tensor([example["label"] for example in encoded])
-    draws: Any = reused(posterior)
+    labels, draws = labels_of(encoded), reused(posterior)
     found = []
     for scale in scales:
         sampling = Sampling(samples, seed, scale, method)

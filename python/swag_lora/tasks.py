@@ -173,16 +173,16 @@ class Task:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
-    def base_model(self, tokenizer: PreTrainedTokenizerBase) -> tuple[nn.Module, list[str]]:
+    def base_model(self, tokenizer: PreTrainedTokenizerBase, device: str | None = None) -> tuple[nn.Module, list[str]]:
         """The pretrained model with a head for this task, and the modules that its checkpoint does not hold.
 
         Classification and models without a multiple-choice head of their own take the sequence-classification head,
         for multiple choice with one label. For letters it is the causal language model with their rows of its head, and
-        the modules are its head where it is trained.
+        the modules are its head where it is trained. On the `device` "meta" it has shapes and no weights.
         """
         if self.kind == "letters":
             tokens = answer_head.letter_tokens(tokenizer, self.template or "", self.letters)
-            core, head = answer_head.load(self.model, tokens)
+            core, head = answer_head.load(self.model, tokens, device)
             core.config.pad_token_id = tokenizer.pad_token_id
             return core, [head] if self.train_head else []
         try:
@@ -191,7 +191,7 @@ class Task:
             names = {i: name for i, name in enumerate(self.labels or ("score",))}
             heads = {} if own_head else {"id2label": names, "label2id": {name: i for i, name in names.items()}}
             torch.manual_seed(self.seed)
-            model, report = auto.from_pretrained(self.model, output_loading_info=True, **heads)
+            model, report = auto.from_pretrained(self.model, output_loading_info=True, device_map=device, **heads)
         except RuntimeError as error:
             wanted = "one score per choice" if self.is_choice else f"{len(self.labels or ())} classes"
             raise ValueError(f"{self.model} does not fit a task of {wanted}: {_brief(error)}") from None
@@ -203,9 +203,9 @@ class Task:
             fresh = {name for name, _ in model.named_children() if name in _PEFT_HEADS}
         return model, sorted(fresh)
 
-    def peft_model(self, tokenizer: PreTrainedTokenizerBase, lora: LoraConfig) -> PeftModel:
+    def peft_model(self, tokenizer: PreTrainedTokenizerBase, lora: LoraConfig, device: str | None = None) -> PeftModel:
         """A new LoRA adapter on the base model; modules that the checkpoint lacks, as the head, are trained whole."""
-        model, fresh = self.base_model(tokenizer)
+        model, fresh = self.base_model(tokenizer, device)
         if self.kind == "letters":
             lora.task_type = TaskType.CAUSAL_LM
         elif self.kind == "classification":

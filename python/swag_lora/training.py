@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .evaluate import Encoded, Evaluator
+from .evaluator import Encoded, Evaluator, labels_of
 from .files import write_text
 from .metrics import nll
 from .recipe import WARMUP
@@ -174,10 +174,6 @@ def bars(show: bool, **kwargs: Any) -> Progress:
     """Progress bars with the time that is left."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, disable=not show, **kwargs)
-
-
-def labels_of(encoded: Encoded) -> Tensor:
-    return torch.tensor([example["label"] for example in encoded])
 
 
 def state_of(model: nn.Module) -> State:

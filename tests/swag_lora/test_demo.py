@@ -8,7 +8,7 @@ from rich.console import Console
 
 from swag_lora import data, demo, tables
 from swag_lora.cli import main
-from swag_lora.evaluate import Sampling
+from swag_lora.evaluator import Sampling
 from swag_lora.loop import Loop
 from swag_lora.recipe import Recipe
 from swag_lora.training import TaskTrainer

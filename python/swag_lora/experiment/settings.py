@@ -19,7 +19,7 @@ class Settings:
     `ood` are shifted tasks, whose classes are those of `data`; of `ood_unlabelled` only the inputs count, and how well
     they are told from the test split. An `oos_test` split of `data` is one of these. `limits` are the most examples of a
     split (`train`, `val`, `test`, and `ood` for each out-of-distribution task), drawn at random but the same for every
-    seed. `scale` and `rank` are chosen on validation data where they are "auto"; the rank None takes all deviations held.
+    seed. The `scale` "auto" is chosen on validation data, and with `choose_rank` how many of the deviations are used.
     `samples` are those of each posterior, so that a mixture of M has M times as many.
     """
 
@@ -31,7 +31,7 @@ class Settings:
     recipe: Recipe = PRESETS["swag-lora"]
     samples: int = 32
     scale: float | str = AUTO
-    rank: int | str | None = None
+    choose_rank: bool = False
     methods: tuple[str, ...] | None = None
     limits: Mapping[str, int] = field(default_factory=dict)
     val_fraction: float | None = None
@@ -70,8 +70,8 @@ class Settings:
         if not validated:
             if self.scale == AUTO:
                 raise ValueError(f"--scale auto chooses on validation data, and {way_out}, or a number with --scale")
-            if self.rank == AUTO:
-                raise ValueError(f"--rank auto chooses on validation data, and {way_out}, or a number with --rank")
+            if self.choose_rank:
+                raise ValueError(f"--rank auto chooses on validation data, and {way_out}")
             needing = [method for method in self.methods or () if method in NEED_VALIDATION]
             if needing:
                 raise ValueError(f"{needing[0]} needs validation data, and {way_out}")

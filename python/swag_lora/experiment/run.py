@@ -1,0 +1,152 @@
+"""A run of the experiment: its stages, each of which leaves a file and is not repeated."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ..checkpoint import POSTERIOR_NAME
+from ..files import write_text
+from ..fit import fit
+from ..tasks import Task
+from . import report
+from .methods import POOLED, TITLES
+from .predictions import predict
+from .settings import Settings
+from .sources import Sources, load
+from .workbench import SELECTION_FILE, Workbench
+
+SETTINGS_FILE = "experiment.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A piece of the run, done when `path` is there."""
+
+    title: str
+    path: Path
+    work: Callable[[], object]
+
+    @property
+    def done(self) -> bool:
+        return self.path.exists()
+
+
+def reproduce(
+    folder: str | Path, settings: Settings, show: bool = False, figures: bool | None = None
+) -> dict[str, Any]:
+    """Train every seed, predict with every method, and write the report; returns what is in `results.json`.
+
+    The folder is described in `stored.Run`. A run that was interrupted, at any point, goes on when it is called again with
+    the same arguments and comes to the same predictions: a fit from its last whole epoch, everything else from the last
+    stage that ended.
+
+    Args:
+        show: say which stage runs, with progress bars and the time left.
+        figures: see `report.write`.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: bad arguments or data, and a folder that holds another run; before
+            anything is trained.
+    """
+    folder = Path(folder)
+    sources, task, methods = prepare(settings)
+    claim(folder, settings, sources, methods)
+    plan = stages(folder, settings, sources, task, methods, show)
+    console = Console(stderr=True, quiet=not show, highlight=False)
+    for number, stage in enumerate(plan, 1):
+        console.print(f"[{number}/{len(plan)}] {stage.title}{', done before' if stage.done else ''}", markup=False)
+        if not stage.done:
+            stage.work()
+    return report.write(folder, figures)
+
+
+def prepare(settings: Settings) -> tuple[Sources, Task, tuple[str, ...]]:
+    """Read the data and check all that can be checked before training; the task is that of the first seed."""
+    settings.check()
+    sources = load(settings)
+    methods = settings.chosen_methods(sources.validated)
+    if "mc-dropout" in methods and settings.recipe.lora_dropout == 0:
+        raise ValueError("MC dropout needs --lora-dropout above 0; or leave it out of --methods")
+    task = Task.of(
+        settings.model,
+        sources.inside,
+        settings.max_length,
+        settings.seeds[0],
+        settings.kind,
+        settings.template,
+        settings.train_head,
+    )
+    for outside in sources.outside:
+        task.check(outside.dataset)
+    task.tokenizer()
+    return sources, task, methods
+
+
+def claim(folder: Path, settings: Settings, sources: Sources, methods: tuple[str, ...]) -> None:
+    """Write `experiment.json`, or find these arguments and data in it.
+
+    Raises:
+        ValueError: the folder holds another run, or something else.
+    """
+    path = folder / SETTINGS_FILE
+    asked = json.loads(json.dumps(settings.to_dict() | sources.described() | {"methods": methods}))
+    if path.is_file():
+        held = json.loads(path.read_text(encoding="utf-8"))
+        different = [key for key in asked if held.get(key) != asked[key]]
+        if different:
+            raise ValueError(
+                f"{folder} holds a run with other arguments or data ({', '.join(different)}): go on with the same "
+                "ones, or choose another --output"
+            )
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no run: choose another --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    environment = {"torch": torch.__version__, "device": device}
+    write_text(path, json.dumps({"format": 1, **asked, "environment": environment}, indent=1) + "\n")
+
+
+def stages(
+    folder: Path, settings: Settings, sources: Sources, task: Task, methods: tuple[str, ...], show: bool
+) -> list[Stage]:
+    """In the order in which they run."""
+    bench = Workbench(settings, sources, folder, show)
+    plan = []
+    for seed in settings.seeds:
+        fits = partial(_fit, bench, task, seed, show)
+        plan.append(Stage(f"fit of seed {seed}", bench.seed_folder(seed) / POSTERIOR_NAME, fits))
+    for seed in settings.seeds:
+        path = bench.seed_folder(seed) / SELECTION_FILE
+        plan.append(Stage(f"scale for seed {seed}", path, partial(bench.select, seed)))
+    for method in methods:
+        seeds = (None,) if method in POOLED else settings.seeds
+        for one in seeds:
+            name = "all" if one is None else f"seed-{one}"
+            path = folder / "predictions" / method / f"{name}.safetensors"
+            title = f"{TITLES[method]}, {'all seeds' if one is None else f'seed {one}'}"
+            plan.append(Stage(title, path, partial(predict, bench, method, one, path)))
+    return plan
+
+
+def _fit(bench: Workbench, task: Task, seed: int, show: bool) -> None:
+    settings = bench.settings
+    fit(
+        bench.seed_folder(seed),
+        settings.model,
+        bench.sources.inside,
+        settings.of_seed(seed),
+        settings.max_length,
+        show,
+        replace(task, seed=seed),
+        scale=0.5,
+    )
