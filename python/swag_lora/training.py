@@ -200,6 +200,11 @@ def _last_whole(folder: Path) -> Path | None:
     return whole[max(whole)] if whole else None
 
 
+def arithmetic(device: torch.device) -> torch.autocast:
+    """The autocast that models are trained in on a device, to predict in the same."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=_bf16(device))
+
+
 def _bf16(device: torch.device) -> bool:
     """Whether bfloat16 arithmetic is native there; emulated, it is slower than float32."""
     if device.type == "cuda":

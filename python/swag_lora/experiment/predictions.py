@@ -27,6 +27,12 @@ _CURVE = {"accuracy": accuracy, "nll": nll, "ece": ece}
 
 def predict(bench: Workbench, method: str, seed: int | None, path: Path) -> None:
     """Predict every split with a method and write the file that `stored.Run` reads."""
+    with bench.arithmetic():
+        tensors, told = _predictions(bench, method, seed)
+    _write(path, tensors, told)
+
+
+def _predictions(bench: Workbench, method: str, seed: int | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     averaged = bench.averaged(method, seed)
     tensors: dict[str, Tensor] = {}
     seconds: dict[str, float] = {}
@@ -57,7 +63,7 @@ def predict(bench: Workbench, method: str, seed: int | None, path: Path) -> None
         "examples": {split: value for split, value in bench.sources.fingerprints().items() if split in seconds},
         "curve": curve,
     }
-    _write(path, tensors, told)
+    return tensors, told
 
 
 def _predict(bench: Workbench, averaged: Averaged, split: str, counts: tuple[int, ...], title: str) -> list[Prediction]:

@@ -45,7 +45,8 @@ def reproduce(
 ) -> dict[str, Any]:
     """Train every seed, predict with every method, and write the report; returns what is in `results.json`.
 
-    The folder is described in `stored.Run`. A run that was interrupted, at any point, goes on when it is called again with
+    The folder is described in `stored.Run`. Predictions are made in the arithmetic of training, see
+    `training.arithmetic`. A run that was interrupted, at any point, goes on when it is called again with
     the same arguments and comes to the same predictions: a fit from its last whole epoch, everything else from the last
     stage that ended.
 

@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..dropout import DropoutPosterior
 from ..ensemble import Ensemble
 from ..evaluate import load_folder
@@ -19,6 +21,7 @@ from ..posterior import SwagPosterior
 from ..predictor import Posterior
 from ..scale import ScaleChoice, choose_rank, choose_scale
 from ..temperature import fit_temperature
+from ..training import arithmetic
 from .methods import POOLED
 from .settings import AUTO, Settings
 from .sources import Sources
@@ -66,6 +69,9 @@ class Workbench:
     def seed_folder(self, seed: int) -> Path:
         return self.folder / f"seed-{seed}"
 
+    def arithmetic(self) -> torch.autocast:
+        return arithmetic(next(self.evaluator.model.parameters()).device)
+
     def encoded(self, split: str) -> Encoded:
         if split not in self._encoded:
             examples = self.sources.inside.split("val") if split == "val" else self.sources.splits()[split]
@@ -85,6 +91,13 @@ class Workbench:
 
     def select(self, seed: int) -> None:
         """Choose scale and rank on validation data, and write what each scale gave."""
+        with self.arithmetic():
+            chosen = self._select(seed)
+        task = replace(self.evaluator.task, seed=seed, scale=float(chosen["scale"]))
+        task.save(self.seed_folder(seed))
+        write_text(self.seed_folder(seed) / SELECTION_FILE, json.dumps(chosen, indent=1) + "\n")
+
+    def _select(self, seed: int) -> dict[str, Any]:
         settings, posterior = self.settings, self.posterior(seed)
         held = min(int(posterior.count), posterior.rank)
         chosen: dict[str, Any] = {"scales": [], "nll": [], "accuracy": [], "ece": [], "brier": [], "rank": held}
@@ -107,9 +120,7 @@ class Workbench:
             chosen["diagonal"] = _curve(diagonal) | {"scale": diagonal.scale}
         else:
             chosen["diagonal"] = {"scale": DIAGONAL_FACTOR * chosen["scale"]}
-        task = replace(self.evaluator.task, seed=seed, scale=float(chosen["scale"]))
-        task.save(self.seed_folder(seed))
-        write_text(self.seed_folder(seed) / SELECTION_FILE, json.dumps(chosen, indent=1) + "\n")
+        return chosen
 
     def selection(self, seed: int) -> dict[str, Any]:
         return json.loads((self.seed_folder(seed) / SELECTION_FILE).read_text(encoding="utf-8"))
