@@ -4,11 +4,12 @@ PYTHON ?= python3
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') CMakeLists.txt setup.py
 JOBS ?= 2
 GPU_JOBS ?= 8
+DATA ?= ../shared/data
 OPS := tests/swag_kernels
 NEED_NO_GPU := on_triton/test_ahead_of_time.py on_cuda/test_compiled.py on_cuda/test_sanitized.py on_cuda/test_simt.py
 FROM_SOURCE = PYTHONPATH=.:python$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON)
 
-.PHONY: demo test accuracy bench gpu gpu-build gpu-test gpu-memcheck gpu-bench lint clean
+.PHONY: demo test accuracy reproduce bench gpu gpu-build gpu-test gpu-memcheck gpu-bench lint clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.built
@@ -23,6 +24,10 @@ accuracy: $(VENV)/.built
 	mkdir -p build/fits
 	FITS=build/fits OMP_NUM_THREADS=2 $(BIN)/pytest benchmarks/bench_adaptive.py benchmarks/bench_variance.py \
 		-k "coverage or variance" -p no:xdist --benchmark-only --benchmark-disable-gc -s
+
+# The paper's experiment on real text: one classification and one multiple-choice task over two seeds, minutes.
+reproduce: $(VENV)/.built
+	DATA=$(DATA) OMP_NUM_THREADS=1 $(BIN)/pytest benchmarks/bench_reproduce.py -n $(JOBS) -rA
 
 bench: $(VENV)/.built
 	$(BIN)/pytest benchmarks -p no:xdist --benchmark-only --benchmark-disable-gc -s

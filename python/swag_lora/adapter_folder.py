@@ -71,11 +71,8 @@ class AdapterFolder:
         config = read_config(folder)
         path = folder / SAFETENSORS_WEIGHTS_NAME
         if not path.is_file():
-            raise FileNotFoundError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}: save the posterior of a PEFT model")
-        try:
-            return cls(folder, config, load_file(path))
-        except SafetensorError as error:
-            raise ValueError(f"{path} is truncated or no safetensors file: {error}") from None
+            raise FileNotFoundError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}: it is no PEFT adapter, or one in .bin")
+        return cls(folder, config, read_tensors(path))
 
     @property
     def trained_modules(self) -> tuple[str, ...]:
@@ -140,6 +137,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     if kind != "LORA":
         raise ValueError(f"{path} is of type {kind}: only LoRA adapters are supported")
     return config
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from None
 
 
 def load_posterior(folder: str | os.PathLike[str]) -> SwagPosterior:

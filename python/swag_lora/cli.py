@@ -10,10 +10,11 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 from . import bench_cli, compare_cli, recipe_arguments, reproduce_cli, transfer_cli
 from .arguments import at_least, check_parent, count, fraction, non_negative
+from .drawing import Method
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -149,8 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data", required=True, help="folder with test and maybe oos_test, or hub data set")
     evaluate.add_argument("--model", help="the base model, if it is no longer where it was")
     evaluate.add_argument("--scale", type=non_negative, help="of the covariance (what fit chose on validation data)")
-    methods = ("antithetic", "antithetic+orthogonal", "iid")
-    evaluate.add_argument("--method", choices=methods, help="(antithetic for even --samples)")
+    evaluate.add_argument("--method", choices=get_args(Method), help="(antithetic for even --samples)")
     evaluate.add_argument("--batch-size", type=count, default=32)
     evaluate.add_argument("--tolerance", type=fraction, help="stop at this standard error, --samples at the most")
     evaluate.add_argument("--memory", help="for weights and activations, such as 4GiB (chunks of a fixed size)")

@@ -23,8 +23,7 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_compare(options: argparse.Namespace) -> None:
     """Compare, and print the table."""
-    if options.json != "-":
-        check_parent(options.json, "--json")
+    check_parent(options.json, "--json")
     from rich.console import Console
 
     from . import tables

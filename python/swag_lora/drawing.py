@@ -121,6 +121,19 @@ def resolve_method(num_samples: int, first: int, scale: float, method: str | Non
     return method
 
 
+def check_samples_per_pass(samples_per_pass: int, method: str) -> int:
+    """How many samples go through the model at a time, as given.
+
+    Raises:
+        ValueError: below 1, or odd for pairs.
+    """
+    if samples_per_pass < 1 or (method != "iid" and samples_per_pass % 2):
+        raise ValueError(
+            f"samples_per_pass must be at least 1, and even for antithetic samples, got {samples_per_pass}"
+        )
+    return samples_per_pass
+
+
 def check_counts(counts: Sequence[int], num_samples: int, group: int) -> list[int]:
     """Numbers of samples to stop at, in ascending order, `group` at a time.
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
+from .adapter_folder import AdapterFolder
 from .drawing import named_samples
 from .layout import Layout
 from .posterior import SwagPosterior
@@ -65,8 +65,8 @@ class Ensemble:
 
         Raises:
             FileNotFoundError: a folder without an adapter.
-            ValueError: several active adapters; an adapter of another configuration or with other tensors, or one whose
-                buffers (of modules_to_save) are not the model's.
+            ValueError: several active adapters; an adapter that is damaged or not LoRA, of another configuration or with
+                other tensors, or one whose buffers (of modules_to_save) are not the model's.
         """
         if len(model.active_adapters) != 1:
             raise ValueError(f"activate one adapter with set_adapter(name), active are {model.active_adapters}")
@@ -107,15 +107,12 @@ class Ensemble:
 
 def _read(model: PeftModel, adapter: str, folder: Path) -> dict[str, Tensor]:
     """The adapter in the folder by the model's parameter names."""
-    for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"no adapter in {folder}: it has no {file}")
+    weights = AdapterFolder.load(folder).tensors
     mine, theirs = model.peft_config[adapter], PeftConfig.from_pretrained(str(folder))
     for field in _OF_THE_FORWARD:
         here, there = getattr(mine, field, None), getattr(theirs, field, None)
         if here != there:
             raise ValueError(f"the adapter in {folder} has {field}={there}, the model {field}={here}")
-    weights = load_peft_weights(str(folder), device="cpu")
     state = model.state_dict(keep_vars=True)
     saved = get_peft_model_state_dict(model, state, adapter, save_embedding_layers=False)
     for name in sorted(saved.keys() ^ weights.keys()):

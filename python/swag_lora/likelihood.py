@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .drawing import resolve_method
+from .drawing import check_samples_per_pass, resolve_method
 from .language_model import IGNORED, answers_of_rows, check_tokens, labels_to_predict, language_model
 from .output_head import SplitModel, vocabulary_size
 from .patch import SampledModel
@@ -142,12 +142,9 @@ def log_probs(
     check_tokens(core, input_ids, attention_mask)
     vocabulary = vocabulary_size(core)
     method = resolve_method(num_samples, first, scale, method)
-    step = num_samples if samples_per_pass is None else samples_per_pass
-    if step < 1 or (method != "iid" and step % 2):
-        raise ValueError(
-            f"samples_per_pass must be at least 1, and even for antithetic samples, got {samples_per_pass}"
-        )
-    step = min(step, num_samples)
+    step = num_samples
+    if samples_per_pass is not None:
+        step = min(step, check_samples_per_pass(samples_per_pass, method))
     if max_logits < step:
         raise ValueError(f"max_logits must be at least the {step} samples of one pass, got {max_logits}")
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()

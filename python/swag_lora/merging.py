@@ -36,7 +36,8 @@ def load_model(adapter: AdapterFolder, base_model: str, name: str) -> tuple[Peft
     output head back.
 
     Raises:
-        ValueError: the base model is quantised, its class is not known, or its trained head has the letters' rows alone.
+        ValueError: the base model is quantised, its class is not known, its tensors have other shapes than the adapter's, or
+            its trained head has the letters' rows alone.
     """
     _refuse_quantised(getattr(AutoConfig.from_pretrained(base_model), "quantization_config", None), base_model)
     folder = adapter.path

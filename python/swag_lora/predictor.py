@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from . import plan
-from .drawing import check_counts, resolve_method
+from .drawing import check_counts, check_samples_per_pass, resolve_method
 from .forward import Forward
 from .memory import parse as parse_memory
 from .patch import SampledModel
@@ -73,10 +73,8 @@ class Predictor:
         self.method = resolve_method(num_samples, first, scale, method)
         self.antithetic = self.method != "iid"
         self._group = 2 if self.antithetic else 1
-        if samples_per_pass is not None and (samples_per_pass < 1 or samples_per_pass % self._group):
-            raise ValueError(
-                f"samples_per_pass must be at least 1, and even for antithetic samples, got {samples_per_pass}"
-            )
+        if samples_per_pass is not None:
+            check_samples_per_pass(samples_per_pass, self.method)
         if examples_per_pass is not None and examples_per_pass < 1:
             raise ValueError(f"examples_per_pass must be at least 1, got {examples_per_pass}")
         self._model, self._posterior = model, posterior

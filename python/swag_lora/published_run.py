@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors.torch import load_file
 from torch import Tensor
 
-from .adapter_folder import adapter_key, read_config
+from .adapter_folder import adapter_key, read_config, read_tensors
 
 STATE_NAME = "swag_model.pt"
 ADAPTER_NAME = "base_model"
@@ -79,6 +78,8 @@ class PublishedRun:
         if "n_models" not in state or foreign:
             cause = f"has the key {foreign[0]!r}" if foreign else "has no n_models"
             raise ValueError(f"{path} is not the state dict of a SWAG model: it {cause}")
+        if state["n_models"].numel() != 1:
+            raise ValueError(f"{path} is damaged: n_models has shape {list(state['n_models'].shape)} instead of [1]")
         count = int(state.pop("n_models"))
         if count < 1:
             raise ValueError(f"{path} holds no collected model (n_models is {count}): it was saved before SWAG started")
@@ -105,7 +106,7 @@ def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
         raise ValueError(f"{folder} is a whole model, not a PEFT adapter: only runs with LoRA can be imported")
     config = read_config(folder)
     if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-        tensors = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+        tensors = read_tensors(folder / SAFETENSORS_WEIGHTS_NAME)
     elif (folder / WEIGHTS_NAME).is_file():
         tensors = _read_state(folder / WEIGHTS_NAME)
     else:

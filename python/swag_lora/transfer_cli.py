@@ -6,12 +6,12 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from .arguments import at_least, non_negative
+from .drawing import Method
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_METHODS = ("antithetic", "antithetic+orthogonal", "iid")
 
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--first", type=at_least(0), default=0, metavar="K", help="number of the first sample (0)")
     parser.add_argument("--scale", type=non_negative, help="of the covariance (what fit chose, else 0.5)")
-    parser.add_argument("--method", choices=_METHODS, default="antithetic", help="(antithetic)")
+    parser.add_argument("--method", choices=get_args(Method), default="antithetic", help="(antithetic)")
     parser.add_argument("--dtype", choices=_DTYPES, help="of the adapters (that of the weights in training)")
     parser.add_argument("--mean", action="store_true", help="write the mean too")
     parser.add_argument("--merge", action="store_true", help="write whole models, which need no PEFT")

@@ -129,7 +129,7 @@ def test_folders_that_do_not_fit(folders, tmp_path):
         Ensemble.from_folders(model, [folders[0], damaged(folders[1], tmp_path / "alpha", other_alpha)])
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         target = tmp_path / file.replace(".", "")
-        with pytest.raises(FileNotFoundError, match=f"no adapter in .*: it has no {file}"):
+        with pytest.raises(FileNotFoundError, match=f"has no {file}"):
             Ensemble.from_folders(
                 model, [damaged(folders[1], target, lambda folder, file=file: (folder / file).unlink())]
             )
