@@ -71,7 +71,9 @@ class AdapterFolder:
         config = read_config(folder)
         path = folder / SAFETENSORS_WEIGHTS_NAME
         if not path.is_file():
-            raise FileNotFoundError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}: it is no PEFT adapter, or one in .bin")
+            raise FileNotFoundError(
+                f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}: it is no PEFT adapter, or one in .bin"
+            )
         return cls(folder, config, read_tensors(path))
 
     @property

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from .examples import Example
 from .patch import SampledModel
+from .pretrained import brief
 from .prompts import fill
 
 NO_CHOICE = -1e4
@@ -36,7 +37,7 @@ def letter_tokens(tokenizer: PreTrainedTokenizerBase, template: str, number: int
             raise ValueError(
                 f"the tokenizer of {tokenizer.name_or_path or type(tokenizer).__name__} gives the answer {letter!r} no "
                 f"token of its own after the prompt ({tokenizer.convert_ids_to_tokens(found)}): end the prompt template "
-                "otherwise, or take one score for each choice (kind scores)"
+                "otherwise, or take one score for each choice (--task scores)"
             )
         tokens += found
     return tokens
@@ -64,18 +65,17 @@ def load(model: str, tokens: Sequence[int], device: str | None = None) -> tuple[
     On the `device` "meta" its weights are not read.
 
     Raises:
-        ValueError: no model, or a checkpoint without the head.
-        TypeError: see `keep_rows`.
+        ValueError: no model, a checkpoint without the head, or a head that `keep_rows` refuses.
     """
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, device_map=device)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the model {model}: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(f"cannot load the model {model}: {brief(error)}") from None
     core, report = loaded
     if report["missing_keys"]:
         raise ValueError(
             f"{model} is no whole language model, its checkpoint lacks {min(report['missing_keys'])}: take one score for "
-            "each choice (kind scores)"
+            "each choice (--task scores)"
         )
     return core, keep_rows(core, tokens)
 
@@ -87,15 +87,15 @@ def keep_rows(model: PreTrainedModel, tokens: Sequence[int]) -> str:
     head (softcapping, scaling) it does as before.
 
     Raises:
-        TypeError: the head is not linear, or quantised.
+        ValueError: the head is not linear, or quantised.
     """
     head: Any = model.get_output_embeddings()
     linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
     if not linear or type(head.weight.data) is not Tensor or not head.weight.is_floating_point():
         what = type(head.weight.data).__name__ if linear else type(head).__name__
-        raise TypeError(
+        raise ValueError(
             f"the output head of {type(model).__name__} is a {what}, of which no rows can be taken: leave the head out "
-            "of quantisation, or take one score for each choice (kind scores)"
+            "of quantisation, or take one score for each choice (--task scores)"
         )
     name = next(name for name, module in model.named_modules() if module is head)
     rows = nn.Linear(

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors import SafetensorError
 
+from .adapter_folder import AdapterFolder
 from .data import Dataset
 from .evaluator import Encoded, Evaluator, Sampling, labels_of
 from .metrics import report
@@ -35,7 +37,7 @@ def load_folder(
     base, _ = task.base_model(tokenizer)
     try:
         peft_model = PeftModel.from_pretrained(base, str(folder))
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"the adapter in {folder} does not fit {task.model}: {error}") from None
     peft_model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     posterior = SwagPosterior.from_pretrained(peft_model, folder)
@@ -77,7 +79,7 @@ def rows(
     table = []
     for part, name in POINT_ESTIMATES.items():
         if (Path(folder) / part).is_dir():
-            set_peft_model_state_dict(evaluator.model, load_peft_weights(str(Path(folder) / part)))
+            set_peft_model_state_dict(evaluator.model, AdapterFolder.load(Path(folder) / part).tensors)
             table.append(row(name, 1, point))
     posterior.load_mean()
     table.append(row("SWA (mean)", 1, point))

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from . import plan
 from .data import Example
 from .drawing import resolve_method
+from .patch import SampledModel
 from .prediction import Prediction
 from .predictor import Posterior, Predictor
 from .ranks import Ranks
@@ -68,6 +69,18 @@ class Evaluator:
     batch_size: int = 32
     show: bool = False
     passes: Passes = Passes()
+
+    def check_sampled(self) -> None:
+        """Refuse, before any training, a model whose trained parameters cannot be sampled.
+
+        Raises:
+            ValueError: as `SampledModel`, also for modules without a sampled form; the message names the first.
+        """
+        one = {name: p.detach()[None] for name, p in self.model.named_parameters() if p.requires_grad}
+        try:
+            SampledModel(self.model, one)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
 
     def encode(self, examples: Sequence[Example]) -> Encoded:
         return self.task.encode(self.tokenizer, examples)

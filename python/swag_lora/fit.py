@@ -54,6 +54,10 @@ def fit(
     Args:
         task: how the data go through the model, where that is not what `Task.of` takes.
         scale: of the samples; None chooses it by validation NLL.
+
+    Raises:
+        ValueError: the folder is a file, there is no `train` split, the recipe leaves no covariance, or the model does not
+            fit the task or has no sampled form; before anything is trained.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -62,7 +66,7 @@ def fit(
     dataset.split("train")
     task = Task.of(model, dataset, max_length, recipe.seed) if task is None else task
     work = _Work(folder / UNFINISHED, {"recipe": asdict(recipe), "task": asdict(task), "data": _fingerprints(dataset)})
-    trained = train_task(work, task, dataset, recipe, show)
+    trained = _train(work, task, dataset, recipe, show)
     val = trained.evaluator.encode(dataset.splits["val"]) if "val" in dataset.splits else None
     chosen = (
         choose_scale(trained.evaluator, trained.posterior, val, seed=recipe.seed) if val and scale is None else None
@@ -87,7 +91,7 @@ def fit(
 
 
 @dataclass(frozen=True)
-class Trained:
+class _Trained:
     """What training gives: the posterior, whose model is the evaluator's, and the point estimates."""
 
     evaluator: Evaluator
@@ -109,11 +113,12 @@ class _Work:
             write_text(path, told)
 
 
-def train_task(work: _Work, task: Task, dataset: Dataset, recipe: Recipe, show: bool) -> Trained:
+def _train(work: _Work, task: Task, dataset: Dataset, recipe: Recipe, show: bool) -> _Trained:
     """Both phases: MAP to its end, then SWAG from the epoch it leaves."""
     set_seed(recipe.seed)
     tokenizer = task.tokenizer()
     evaluator = Evaluator(task, task.peft_model(tokenizer, recipe.lora()), tokenizer, recipe.batch_size, show)
+    evaluator.check_sampled()
     examples = evaluator.encode(dataset.split("train"))
     val = evaluator.encode(dataset.splits["val"]) if "val" in dataset.splits else None
     with threads(recipe.threads), bars(show, console=Console(stderr=True)) as progress:
@@ -143,7 +148,7 @@ def train_task(work: _Work, task: Task, dataset: Dataset, recipe: Recipe, show: 
         )
         train(evaluator, examples, phase, [swag], progress)
     points = {"map": states["last"], "map-best": states["best"]}
-    return Trained(evaluator, swag.posterior, points, told["nll"], told["branch_epoch"])
+    return _Trained(evaluator, swag.posterior, points, told["nll"], told["branch_epoch"])
 
 
 def _map_phase(
@@ -169,7 +174,7 @@ def _map_phase(
     return states, told
 
 
-def _save(folder: Path, task: Task, trained: Trained, history: Mapping[str, Any]) -> None:
+def _save(folder: Path, task: Task, trained: _Trained, history: Mapping[str, Any]) -> None:
     """Everything beside the posterior first, so that a folder with a posterior in it is complete."""
     posterior: Any = trained.posterior
     for name, state in trained.points.items():

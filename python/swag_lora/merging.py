@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from .adapter_folder import AdapterFolder
 from .layout import find_parameter
+from .pretrained import brief
 from .tasks import TASK_FILE, Task
 
 _CLASSES = {
@@ -45,19 +46,14 @@ def load_model(adapter: AdapterFolder, base_model: str, name: str) -> tuple[Peft
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(folder)
     task = Task.load(folder).with_model(base_model) if (folder / TASK_FILE).is_file() else None
-    heads = [t for key in adapter.trained_modules if (t := adapter.tensors[key]).dim() == 2]
-    if task is None or task.kind == "letters":
-        if task is not None and heads:
-            raise ValueError(
-                "the trained head of this model has rows for the answers' letters alone, which is no model that "
-                "transformers loads: export adapters instead"
-            )
-        kind = _class_of(adapter.config)
-        labels = {"num_labels": len(heads[-1])} if heads and "Classification" in kind.__name__ else {}
-        base = kind.from_pretrained(base_model, **labels)
-    else:
-        base, _ = task.base_model(tokenizer or task.tokenizer())
-    return PeftModel.from_pretrained(base, str(folder), adapter_name=name).eval(), tokenizer
+    try:
+        if task is None or task.kind == "letters":
+            base = _whole_model(adapter, base_model, task)
+        else:
+            base, _ = task.base_model(tokenizer or task.tokenizer())
+        return PeftModel.from_pretrained(base, str(folder), adapter_name=name).eval(), tokenizer
+    except RuntimeError as error:
+        raise ValueError(f"the adapter in {folder} does not fit {base_model}: {brief(error)}") from None
 
 
 def write_merged(
@@ -86,6 +82,18 @@ def write_merged(
     merged: Any = copied.merge_and_unload(safe_merge=True)
     merged = merged if dtype is None else merged.to(dtype)
     merged.save_pretrained(str(folder))
+
+
+def _whole_model(adapter: AdapterFolder, base_model: str, task: Task | None) -> Any:
+    heads = [t for key in adapter.trained_modules if (t := adapter.tensors[key]).dim() == 2]
+    if task is not None and heads:
+        raise ValueError(
+            "the trained head of this model has rows for the answers' letters alone, which is no model that "
+            "transformers loads: export adapters instead"
+        )
+    kind = _class_of(adapter.config)
+    labels = {"num_labels": len(heads[-1])} if heads and "Classification" in kind.__name__ else {}
+    return kind.from_pretrained(base_model, **labels)
 
 
 def _refuse_unmergeable(model: PeftModel) -> None:

@@ -12,30 +12,18 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForMultipleChoice,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
-)
+from transformers import PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from . import answer_head, choice_scores, prompts
 from .data import Dataset, Example
 from .files import write_text
 from .forward import Forward
+from .pretrained import PEFT_HEADS, brief, load_classifier, load_config, load_tokenizer
 
 TASK_FILE = "task.json"
 LEAST_LETTERS = 5
 """Letters of a task at least, so that a shifted data set with five choices can be answered after training on fewer."""
-
-_PEFT_HEADS = ("classifier", "score")
 
 
 @dataclass(frozen=True)
@@ -92,12 +80,14 @@ class Task:
                 fit, with its file and line.
         """
         task = cls(_absolute(model), dataset.labels, max_length, seed, kind=kind or "")
-        config = type(task.config())
+        config = type(load_config(task.model))
         causal = config in MODEL_FOR_CAUSAL_LM_MAPPING
         if kind is None and task.is_choice and causal and config not in MODEL_FOR_MASKED_LM_MAPPING:
             kind = "letters"
         if kind == "letters" and not causal:
-            raise ValueError(f"{model} is no causal language model, so it cannot answer with letters: take kind scores")
+            raise ValueError(
+                f"{model} is no causal language model, so it cannot answer with letters: take --task scores (kind)"
+            )
         kind = kind or task.kind
         examples = [example for split in dataset.splits.values() for example in split]
         text = prompts.default(kind) if template is None else prompts.read(template, kind)
@@ -106,7 +96,7 @@ class Task:
         letters = max([LEAST_LETTERS, *(len(example.choices) for example in examples)]) if kind == "letters" else 0
         if letters > len(ascii_uppercase):
             raise ValueError(
-                f"{dataset.name} has a question with {letters} choices, more than letters: take kind scores"
+                f"{dataset.name} has a question with {letters} choices, more than letters: take --task scores (kind)"
             )
         return replace(task, kind=kind, template=text, letters=letters, train_head=train_head)
 
@@ -157,21 +147,9 @@ class Task:
         if self.kind == "classification" and self.template is not None:
             prompts.check_pairs(self.template, examples, f"{name} does not fit the task's prompt template")
 
-    def config(self) -> PretrainedConfig:
-        try:
-            return AutoConfig.from_pretrained(self.model)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"cannot load the model {self.model}: {_brief(error)}") from None
-
     def tokenizer(self, folder: str | Path | None = None) -> PreTrainedTokenizerBase:
         """The model's tokenizer, or the one saved in `folder`, with a padding token in any case."""
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder or self.model)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"no tokenizer in {folder or self.model}: {_brief(error)}") from None
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        return tokenizer
+        return load_tokenizer(folder or self.model)
 
     def base_model(self, tokenizer: PreTrainedTokenizerBase, device: str | None = None) -> tuple[nn.Module, list[str]]:
         """The pretrained model with a head for this task, and the modules that its checkpoint does not hold.
@@ -185,23 +163,10 @@ class Task:
             core, head = answer_head.load(self.model, tokens, device)
             core.config.pad_token_id = tokenizer.pad_token_id
             return core, [head] if self.train_head else []
-        try:
-            own_head = self.is_choice and type(self.config()) in MODEL_FOR_MULTIPLE_CHOICE_MAPPING
-            auto = AutoModelForMultipleChoice if own_head else AutoModelForSequenceClassification
-            names = {i: name for i, name in enumerate(self.labels or ("score",))}
-            heads = {} if own_head else {"id2label": names, "label2id": {name: i for i, name in names.items()}}
-            torch.manual_seed(self.seed)
-            model, report = auto.from_pretrained(self.model, output_loading_info=True, device_map=device, **heads)
-        except RuntimeError as error:
-            wanted = "one score per choice" if self.is_choice else f"{len(self.labels or ())} classes"
-            raise ValueError(f"{self.model} does not fit a task of {wanted}: {_brief(error)}") from None
-        except (OSError, ValueError) as error:
-            raise ValueError(f"cannot load the model {self.model}: {_brief(error)}") from None
-        model.config.pad_token_id = tokenizer.pad_token_id
-        fresh = {key.rpartition(".")[0] for key in report["missing_keys"]}
-        if not fresh:
-            fresh = {name for name, _ in model.named_children() if name in _PEFT_HEADS}
-        return model, sorted(fresh)
+        model, fresh = load_classifier(self.model, self.labels, self.seed, device)
+        config: Any = model.config
+        config.pad_token_id = tokenizer.pad_token_id
+        return model, fresh
 
     def peft_model(self, tokenizer: PreTrainedTokenizerBase, lora: LoraConfig, device: str | None = None) -> PeftModel:
         """A new LoRA adapter on the base model; modules that the checkpoint lacks, as the head, are trained whole."""
@@ -210,14 +175,14 @@ class Task:
             lora.task_type = TaskType.CAUSAL_LM
         elif self.kind == "classification":
             lora.task_type = TaskType.SEQ_CLS
-            fresh = [name for name in fresh if name.split(".")[0] not in _PEFT_HEADS]
+            fresh = [name for name in fresh if name.split(".")[0] not in PEFT_HEADS]
         lora.modules_to_save = fresh or None
         torch.manual_seed(self.seed)
         try:
             return get_peft_model(model, lora)
         except ValueError as error:
             raise ValueError(
-                f"no LoRA on {self.model}: {_brief(error)} (name the modules with --target-modules)"
+                f"no LoRA on {self.model}: {brief(error)} (name the modules with --target-modules)"
             ) from None
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[dict[str, Any]]:
@@ -287,8 +252,3 @@ class TaskForward(Forward):
 
 def _absolute(model: str | Path) -> str:
     return str(Path(model).resolve() if Path(model).is_dir() else model)
-
-
-def _brief(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:200]} ..."

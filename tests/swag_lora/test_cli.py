@@ -182,6 +182,8 @@ def test_bad_fit_options(home, tmp_path, capsys):
     assert "--rank" in refused(capsys, *fit, "--rank", "1")
     assert "--start" in refused(capsys, *fit, "--start", "0")
     assert "no LoRA on" in refused(capsys, *fit, "--target-modules", "nothing_here")
+    assert "has no sampled form" in refused(capsys, *fit, "--target-modules", "word_embeddings")
+    assert [path.name for path in (tmp_path / "out" / "unfinished").iterdir()] == ["arguments.json"]
     assert not (tmp_path / "out" / "swag_posterior.safetensors").exists()
 
 
@@ -213,6 +215,10 @@ def test_a_posterior_that_is_gone_truncated_or_of_another_model(home, tmp_path, 
     assert "no posterior" in damaged("gone", lambda folder: (folder / posterior).unlink())
     assert "truncated" in damaged("cut", lambda folder: (folder / posterior).write_bytes(whole[:-100]))
     assert "task.json" in damaged("task", lambda folder: (folder / "task.json").write_text("{}"))
+    for number, part in enumerate(("", "map")):
+        adapter = Path(part, "adapter_model.safetensors")
+        cut = damaged(f"cut-{number}", lambda folder, adapter=adapter: os.truncate(folder / adapter, 100))
+        assert "does not fit" in cut or "truncated" in cut
     assert "no adapter" in damaged("adapter", lambda folder: (folder / "adapter_config.json").unlink())
     other = shutil.copytree(home / "bert", tmp_path / "other")
     config = json.loads((other / "config.json").read_text())

@@ -1,6 +1,7 @@
 """Point estimates as members: order, values, and adapters read from folders as PEFT itself reads them."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -133,6 +134,11 @@ def test_folders_that_do_not_fit(folders, tmp_path):
             Ensemble.from_folders(
                 model, [damaged(folders[1], target, lambda folder, file=file: (folder / file).unlink())]
             )
+    with pytest.raises(ValueError, match="truncated"):
+        cut = damaged(
+            folders[1], tmp_path / "cut", lambda folder: os.truncate(folder / "adapter_model.safetensors", 99)
+        )
+        Ensemble.from_folders(model, [cut])
     with pytest.raises(ValueError, match=r"the model's adapter has .*0.attention.self.key.lora_A.weight, .* has not"):
         Ensemble.from_folders(tiny_peft(target_modules=["query", "value", "key"]), [folders[0]])
     several = tiny_peft(modules_to_save=None)

@@ -322,6 +322,15 @@ def test_a_quantised_base_is_not_merged(tmp_path):
     export_samples(tmp_path / "posterior", tmp_path / "out", 1)
 
 
+def test_a_base_of_another_size_is_not_merged(tmp_path):
+    decoder(tmp_path)
+    config = BUILD["llama"]().config
+    config.hidden_size *= 2
+    hf.LlamaForCausalLM(config).save_pretrained(tmp_path / "wider")
+    with pytest.raises(ValueError, match="does not fit .*wider"):
+        export_samples(tmp_path / "posterior", tmp_path / "out", 1, merge=True, model=tmp_path / "wider")
+
+
 def test_only_its_own_export_is_replaced(tmp_path):
     decoder(tmp_path)
     out = tmp_path / "out"

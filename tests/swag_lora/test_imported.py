@@ -239,6 +239,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, monkeypatch, where):
 LORA = "base.base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.default.weight"
 EDITS = {
     "n_models": (lambda s: s.pop("n_models"), "has no n_models"),
+    "two n_models": (lambda s: s.update(n_models=torch.ones(2)), r"n_models has shape \[2\]"),
     "nothing collected": (lambda s: s["n_models"].zero_(), "no collected model"),
     "foreign key": (lambda s: s.update(optimizer=torch.ones(1)), "key 'optimizer'"),
     "no square": (lambda s: s.pop(f"{LORA}_sq_mean"), rf"no {LORA}_sq_mean"),
@@ -282,6 +283,7 @@ def test_folders_that_do_not_fit_are_named(tmp_path):
     refused(FileNotFoundError, "no swag_model.pt", lambda bad: (bad / "swag_model.pt").unlink())
     refused(FileNotFoundError, "no folder .*base_model", lambda bad: shutil.rmtree(bad / "base_model"))
     refused(FileNotFoundError, "adapter_config.json", lambda bad: (bad / "base_model/adapter_config.json").unlink())
+    refused(ValueError, "truncated", lambda bad: os.truncate(bad / "base_model/adapter_model.safetensors", 100))
     refused(FileNotFoundError, "neither", lambda bad: (bad / "base_model/adapter_model.safetensors").unlink())
     refused(ValueError, "damaged", lambda bad: (bad / "swag_model.pt").write_bytes(b"x" * 100))
     refused(

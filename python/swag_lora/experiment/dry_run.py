@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,18 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING
 
 from .. import memory, plan
 from ..answer_head import transformers_model
 from ..data import Example
 from ..tasks import Task
-from .run import prepare, stages
+from .run import check_folder, prepare, stages
 from .settings import Settings
 from .sources import Sources
 
-_ADAMW = 4  # copies of a trained weight: itself, its gradient and two moments
+_ADAMW = 3  # copies of a trained weight: itself and two moments; its gradient is among what a step makes
 _STATES = 3  # the last, the best and the branching epoch
 _BYTES = 4
 
@@ -34,6 +36,7 @@ def show(folder: str | Path, settings: Settings) -> dict[str, int | None]:
         ValueError, FileNotFoundError, ImportError: as the run would, before anything is trained.
     """
     sources, task, methods = prepare(settings)
+    check_folder(Path(folder), settings, sources, task, methods)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     recipe, sizes = settings.recipe, {name: len(split) for name, split in sources.splits().items()}
     train, val = sources.inside.split("train"), sources.inside.splits.get("val", [])
@@ -44,6 +47,9 @@ def show(folder: str | Path, settings: Settings) -> dict[str, int | None]:
     for number, stage in enumerate(stages(Path(folder), settings, sources, task, methods, False), 1):
         work = f", {recipe.epochs} epochs of {steps} steps, then {tail} steps" if stage.title.startswith("fit") else ""
         console.print(f"  {number:3} {stage.title}{work}{', done' if stage.done else ''}")
+    if hasattr(task.config(), "quantization_config"):
+        console.print("memory: unknown, because the quantised base loads on its device alone")
+        return {}
     found = needs(settings, sources, task)
     for what, size in found.items():
         console.print(f"{what:38}{'unknown' if size is None else memory.text(size):>12}")
@@ -58,11 +64,11 @@ def needs(settings: Settings, sources: Sources, task: Task) -> dict[str, int | N
     base = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if not t.requires_grad)
     posterior = (2 + recipe.rank) * trained * _BYTES
     longest = _longest(task, tokenizer, [*sources.inside.split("train"), *sources.splits()["test"]], recipe.batch_size)
-    step = _peak(model, longest, backward=True)
+    step = _peak(task, model, longest, backward=True)
     few = _longest(task, tokenizer, sources.splits()["test"], settings.batch_size)
     samples = plan.samples_at_once(torch.device("cpu"), few["input_ids"].numel(), 2)
     samples = min(samples, settings.samples * members)
-    point = _peak(model, few, backward=False)
+    point = _peak(task, model, few, backward=False)
     training = base + (_ADAMW + _STATES) * trained * _BYTES + posterior
     predicting = base + members * posterior + 2 * samples * trained * _BYTES
     return {
@@ -78,23 +84,29 @@ def needs(settings: Settings, sources: Sources, task: Task) -> dict[str, int | N
 
 
 def _longest(task: Task, tokenizer: Any, examples: list[Example], size: int) -> dict[str, torch.Tensor]:
-    """The batch of the longest examples, as the model takes it and without a mask, which no tensor without data can tell."""
+    """The batch of the longest examples, as the model takes it and without what only data can tell: the padding."""
     encoded = sorted(task.encode(tokenizer, examples), key=lambda example: -example["length"])[:size]
     batch = task.collate(tokenizer, encoded)
-    return {name: value for name, value in batch.items() if name not in ("labels", "sizes", "attention_mask")}
+    left_out = {"labels", "attention_mask", "position_ids"} | ({"sizes"} if task.kind != "letters" else set())
+    return {name: value for name, value in batch.items() if name not in left_out}
 
 
-def _peak(model: nn.Module, inputs: dict[str, torch.Tensor], backward: bool) -> int | None:
-    given = {name: value.to("meta") for name, value in inputs.items()}
-    if type(transformers_model(model)) in MODEL_FOR_MULTIPLE_CHOICE_MAPPING.values():
-        given = {name: value[:, None] for name, value in given.items()}
-    try:
-        with memory.PeakBytes() as bytes_alive, torch.set_grad_enabled(backward):
-            logits = model(**given).logits
-            if backward:
-                logits.float().sum().backward()
-    except (RuntimeError, NotImplementedError):
-        return None
+def _peak(task: Task, model: nn.Module, inputs: dict[str, torch.Tensor], backward: bool) -> int | None:
+    """Of a step or a pass over tensors that hold nothing, on the device that the run would take: it has its own attention."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = copy.deepcopy(model)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = model.to_empty(device=device).train(backward)
+        given = {name: torch.empty_like(value, device=device) for name, value in inputs.items()}
+        if type(transformers_model(model)) in MODEL_FOR_MULTIPLE_CHOICE_MAPPING.values():
+            given = {name: value[:, None] for name, value in given.items()}
+        try:
+            with memory.PeakBytes() as bytes_alive, torch.set_grad_enabled(backward):
+                logits = task.logits(model, given) if task.kind == "letters" else model(**given).logits
+                if backward:
+                    logits.float().sum().backward()
+        except (RuntimeError, NotImplementedError):
+            return None
     return bytes_alive.peak
 
 

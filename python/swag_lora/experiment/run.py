@@ -17,7 +17,7 @@ from ..checkpoint import POSTERIOR_NAME
 from ..files import write_text
 from ..fit import fit
 from ..tasks import Task
-from . import report
+from . import report, style
 from .methods import POOLED, TITLES
 from .predictions import predict
 from .settings import Settings
@@ -59,8 +59,10 @@ def reproduce(
             anything is trained.
     """
     folder = Path(folder)
+    if figures:
+        style.check()
     sources, task, methods = prepare(settings)
-    claim(folder, settings, sources, methods)
+    claim(folder, settings, sources, task, methods)
     plan = stages(folder, settings, sources, task, methods, show)
     console = Console(stderr=True, quiet=not show, highlight=False)
     for number, stage in enumerate(plan, 1):
@@ -88,33 +90,54 @@ def prepare(settings: Settings) -> tuple[Sources, Task, tuple[str, ...]]:
     )
     for outside in sources.outside:
         task.check(outside.dataset)
-    task.tokenizer()
+    if not hasattr(task.config(), "quantization_config"):  # quantised weights do not load without a device
+        task.peft_model(task.tokenizer(), settings.recipe.lora(), device="meta")
     return sources, task, methods
 
 
-def claim(folder: Path, settings: Settings, sources: Sources, methods: tuple[str, ...]) -> None:
+def claim(folder: Path, settings: Settings, sources: Sources, task: Task, methods: tuple[str, ...]) -> None:
     """Write `experiment.json`, or find these arguments and data in it.
+
+    Raises:
+        ValueError: as `check_folder`.
+    """
+    check_folder(folder, settings, sources, task, methods)
+    path = folder / SETTINGS_FILE
+    if path.is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    environment = {"torch": torch.__version__, "device": device}
+    asked = _asked(settings, sources, task, methods)
+    write_text(path, json.dumps({"format": 1, **asked, "environment": environment}, indent=1) + "\n")
+
+
+def check_folder(folder: Path, settings: Settings, sources: Sources, task: Task, methods: tuple[str, ...]) -> None:
+    """Refuse a folder that is not for these arguments and data.
 
     Raises:
         ValueError: the folder holds another run, or something else.
     """
     path = folder / SETTINGS_FILE
-    asked = json.loads(json.dumps(settings.to_dict() | sources.described() | {"methods": methods}))
     if path.is_file():
         held = json.loads(path.read_text(encoding="utf-8"))
+        asked = _asked(settings, sources, task, methods)
         different = [key for key in asked if held.get(key) != asked[key]]
         if different:
             raise ValueError(
                 f"{folder} holds a run with other arguments or data ({', '.join(different)}): go on with the same "
                 "ones, or choose another --output"
             )
-        return
-    if folder.is_dir() and any(folder.iterdir()):
+    # A kill while it was written leaves its temporary name.
+    elif folder.is_dir() and any(not file.match(f".{path.stem}.*.partial{path.suffix}") for file in folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no run: choose another --output")
-    folder.mkdir(parents=True, exist_ok=True)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    environment = {"torch": torch.__version__, "device": device}
-    write_text(path, json.dumps({"format": 1, **asked, "environment": environment}, indent=1) + "\n")
+
+
+def _asked(settings: Settings, sources: Sources, task: Task, methods: tuple[str, ...]) -> dict[str, Any]:
+    """Of a template the text, which may change under its name."""
+    template = None if settings.template is None else task.template
+    asked = settings.to_dict() | sources.described() | {"methods": methods, "template": template}
+    return json.loads(json.dumps(asked))
 
 
 def stages(

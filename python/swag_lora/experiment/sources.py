@@ -78,13 +78,17 @@ def load(settings: Settings) -> Sources:
     inside = replace(whole, splits=splits).subset(settings.limits)
     limit = {TEST: settings.limits["ood"]} if "ood" in settings.limits else {}
     outside = []
+    named = (*settings.ood, *settings.ood_unlabelled)
+    twice = next((source for source in named if named.count(source) > 1), None)
+    if twice is not None:
+        raise ValueError(f"the task {twice} is named twice")
     if "oos_test" in whole.splits:
         unlabelled = Dataset(f"{whole.name} oos_test", {TEST: whole.splits["oos_test"]}, whole.labels)
         outside.append(Outside("oos_test", unlabelled.subset(limit), False))
-    for source in (*settings.ood, *settings.ood_unlabelled):
+    for source in named:
         found = data.load_outside(source, inside.labels, labelled=source in settings.ood)
         labelled = data.check_shift(inside, found)
-        name = _name(source, {TEST, *(task.name for task in outside)})
+        name = _name(source, {"train", "val", TEST, *(task.name for task in outside)})
         outside.append(Outside(name, found.subset(limit), labelled))
     return Sources(inside, tuple(outside))
 

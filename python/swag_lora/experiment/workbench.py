@@ -19,7 +19,7 @@ from ..files import write_text
 from ..mixture import Mixture
 from ..posterior import SwagPosterior
 from ..predictor import Posterior
-from ..scale import ScaleChoice, choose_rank, choose_scale
+from ..scale import SCALES, ScaleChoice, choose_rank, choose_scale
 from ..temperature import fit_temperature
 from ..training import arithmetic
 from .methods import POOLED
@@ -102,12 +102,12 @@ class Workbench:
         held = min(int(posterior.count), posterior.rank)
         chosen: dict[str, Any] = {"scales": [], "nll": [], "accuracy": [], "ece": [], "brier": [], "rank": held}
         if settings.choose_rank:
-            ranks = choose_rank(self.evaluator, posterior, self.encoded("val"), seed=seed)
-            chosen |= _curve(ranks.choice) | {"rank": ranks.rank}
+            scales = SCALES if settings.scale == AUTO else (float(settings.scale),)
+            ranks = choose_rank(self.evaluator, posterior, self.encoded("val"), seed=seed, scales=scales)
+            chosen |= _curve(ranks.choice) | {"rank": ranks.rank, "scale": ranks.choice.scale}
             chosen["ranks"] = {
                 str(rank): _curve(choice) for rank, choice in zip(ranks.ranks, ranks.choices, strict=True)
             }
-            chosen["scale"] = ranks.choice.scale if settings.scale == AUTO else settings.scale
         elif settings.scale == AUTO:
             choice = choose_scale(self.evaluator, posterior, self.encoded("val"), seed=seed)
             chosen |= _curve(choice) | {"scale": choice.scale}
