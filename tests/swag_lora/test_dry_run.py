@@ -74,7 +74,7 @@ def test_bytes_are_those_of_a_real_step_and_a_real_pass(home, questions, model, 
     assert 0.9 * sampled.peak < found[title] < 1.25 * sampled.peak, "rows that samples share count each time"
 
     assert (
-        found["training, all of it"] > found["activations of a training step"] + found["base model"] + 7 * 4 * trained
+        found["training, all of it"] > found["activations of a training step"] + found["base model"] + 6 * 4 * trained
     )
     assert found["prediction, all of it"] > found[title] + found["base model"] + 2 * found["posterior of a seed"]
 

@@ -37,19 +37,30 @@ def command(home, output, *options, data="colors"):
 @pytest.fixture(scope="module")
 def finished(home, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
-    assert main(command(home, folder)) == 0
+    assert ended(command(home, folder)).returncode == 0
     return folder
 
 
-def killed(arguments, appears):
-    """Run the command in a process of its own, and kill it when the file appears."""
+def started(arguments, **output):
+    """The command in a process of its own, as the killed ones: this one's `torch.empty` is not torch's."""
     search = os.pathsep.join(path for path in sys.path if path)
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-m", "swag_lora.cli", *arguments],
         env={**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        **output,
     )
+
+
+def ended(arguments):
+    """The process at its end, with what it said."""
+    process = started(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def killed(arguments, appears):
+    """Run the command, and kill it when the file appears."""
+    process = started(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while process.poll() is None and not appears.exists():
             time.sleep(0.001)
@@ -58,7 +69,7 @@ def killed(arguments, appears):
     assert process.wait() == -signal.SIGKILL and appears.exists()
 
 
-def test_killed_twice_and_started_again(home, finished, tmp_path, capsys):
+def test_killed_twice_and_started_again(home, finished, tmp_path):
     """In the SWAG phase of the second fit, and among the predictions."""
     folder = tmp_path / "run"
     killed(command(home, folder), folder / "seed-1" / "unfinished" / "map.safetensors")
@@ -70,11 +81,10 @@ def test_killed_twice_and_started_again(home, finished, tmp_path, capsys):
     for pattern in ("seed-*/swag_posterior.safetensors", "seed-*/selection.json", "predictions/*/seed-?.safetensors"):
         killed_at |= {path: killed_at.get(path, path.stat().st_mtime_ns) for path in folder.glob(pattern)}
     assert 2 + 2 + 5 <= len(killed_at) < 22
-    assert main(command(home, folder)) == 0
+    told = ended(command(home, folder)).stderr
     assert {path: path.stat().st_mtime_ns for path in killed_at} == killed_at
     same_predictions(finished, folder)
     assert table_without_seconds(finished) == table_without_seconds(folder)
-    told = capsys.readouterr().err
     assert "[1/22] fit of seed 0, done before" in told and "[22/22] MultiSWAG, all seeds\n" in told
 
 

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAP
 from .. import memory, plan
 from ..answer_head import transformers_model
 from ..data import Example
+from ..pretrained import load_config
 from ..tasks import Task
 from .run import check_folder, prepare, stages
 from .settings import Settings
@@ -47,7 +48,7 @@ def show(folder: str | Path, settings: Settings) -> dict[str, int | None]:
     for number, stage in enumerate(stages(Path(folder), settings, sources, task, methods, False), 1):
         work = f", {recipe.epochs} epochs of {steps} steps, then {tail} steps" if stage.title.startswith("fit") else ""
         console.print(f"  {number:3} {stage.title}{work}{', done' if stage.done else ''}")
-    if hasattr(task.config(), "quantization_config"):
+    if hasattr(load_config(task.model), "quantization_config"):
         console.print("memory: unknown, because the quantised base loads on its device alone")
         return {}
     found = needs(settings, sources, task)

@@ -16,6 +16,7 @@ from rich.console import Console
 from ..checkpoint import POSTERIOR_NAME
 from ..files import write_text
 from ..fit import fit
+from ..pretrained import load_config
 from ..tasks import Task
 from . import report, style
 from .methods import POOLED, TITLES
@@ -90,7 +91,7 @@ def prepare(settings: Settings) -> tuple[Sources, Task, tuple[str, ...]]:
     )
     for outside in sources.outside:
         task.check(outside.dataset)
-    if not hasattr(task.config(), "quantization_config"):  # quantised weights do not load without a device
+    if not hasattr(load_config(task.model), "quantization_config"):  # quantised weights do not load without a device
         task.peft_model(task.tokenizer(), settings.recipe.lora(), device="meta")
     return sources, task, methods
 
