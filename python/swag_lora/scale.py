@@ -18,6 +18,7 @@ from .posterior import SwagPosterior
 from .weights import SampledWeights
 
 SCALES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+LARGEST_SCALE = 4096.0
 RANKS = (2, 5, 10, 20, 50, 100)
 SAMPLES = 8
 
@@ -116,13 +117,14 @@ def choose_scale(
     samples: int = SAMPLES,
     seed: int = 0,
     method: str | None = None,
-    scales: Sequence[float] = SCALES,
+    scales: Sequence[float] | None = None,
     title: str = "",
 ) -> ScaleChoice:
     """Evaluate each scale on the encoded validation split; noise is drawn once for all, see `ReusedDraws`.
 
     Args:
         samples, seed, method: the samples averaged, see `Sampling`.
+        scales: by default those of `SCALES`, and as long as the last is the best its double, up to `LARGEST_SCALE`.
         title: what the progress bar says before the scale.
 
     Raises:
@@ -130,16 +132,20 @@ def choose_scale(
     """
     if not len(encoded):
         raise ValueError("a scale is chosen on validation examples, and there are none: give a number for the scale")
-    if not scales or not all(math.isfinite(scale) and scale >= 0 for scale in scales):
-        raise ValueError(f"the scales to choose from must be finite and not negative, got {list(scales)}")
     labels, draws = labels_of(encoded), reused(posterior)
-    found = []
-    for scale in scales:
+    tried = list(SCALES if scales is None else scales)
+    if not tried or not all(math.isfinite(scale) and scale >= 0 for scale in tried):
+        raise ValueError(f"the scales to choose from must be finite and not negative, got {tried}")
+    found: list[list[float]] = []
+    for scale in tried:
         sampling = Sampling(samples, seed, scale, method)
         log_probs = evaluator.sampled(draws, encoded, sampling, f"{title}scale {scale:g} on validation data").log_probs
         found.append([metric(log_probs, labels) for metric in (nll, accuracy, ece, brier)])
+        best = all(found[-1][0] < before[0] for before in found[:-1])
+        if scales is None and best and scale == tried[-1] < LARGEST_SCALE:
+            tried.append(2 * scale)
     of_nll, of_accuracy, of_ece, of_brier = (tuple(values) for values in zip(*found, strict=True))
-    return ScaleChoice(tuple(scales), of_nll, of_accuracy, of_ece, of_brier, samples, seed)
+    return ScaleChoice(tuple(tried), of_nll, of_accuracy, of_ece, of_brier, samples, seed)
 
 
 def choose_rank(
@@ -149,7 +155,7 @@ def choose_rank(
     samples: int = SAMPLES,
     seed: int = 0,
     method: str | None = None,
-    scales: Sequence[float] = SCALES,
+    scales: Sequence[float] | None = None,
 ) -> RankChoice:
     """`choose_scale` for each of `candidate_ranks`, with that many of the most recent deviations."""
     ranks = candidate_ranks(min(int(posterior.count), posterior.rank))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .evaluator import Encoded, Evaluator, labels_of
@@ -62,7 +63,6 @@ def train(
         lr_scheduler_type=phase.schedule,
         warmup_steps=round(WARMUP * total) if phase.schedule == "linear" else 0,
         weight_decay=0.0,
-        train_sampling_strategy="group_by_length",
         use_cpu=device.type == "cpu",
         bf16=_bf16(device),
         seed=phase.seed,
@@ -77,8 +77,8 @@ def train(
     checkpoint = _last_whole(phase.folder)
     trainer = TaskTrainer(
         evaluator,
+        examples,
         args=arguments,
-        train_dataset=list(examples),
         callbacks=[*callbacks, Bar(progress, phase.title), Whole()],
     )
     trainer.remove_callback(PrinterCallback)
@@ -89,18 +89,23 @@ def train(
 
 
 class TaskTrainer(Trainer):
-    """A `Trainer` whose logits are those of a `Task`."""
+    """A `Trainer` whose logits are those of a `Task`, and whose batches are of examples of similar length."""
 
-    def __init__(self, evaluator: Evaluator, **kwargs: Any) -> None:
-        self.evaluator = evaluator
+    def __init__(self, evaluator: Evaluator, examples: Encoded, **kwargs: Any) -> None:
+        self.evaluator, self.lengths = evaluator, [example["length"] for example in examples]
         super().__init__(
             model=evaluator.model,
+            train_dataset=list(examples),
             data_collator=lambda examples: evaluator.task.collate(evaluator.tokenizer, examples),
             **kwargs,
         )
 
     def compute_loss(self, model: nn.Module, inputs: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         return cross_entropy(self.evaluator.task.logits(model, inputs).float(), inputs["labels"])
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
+        # The Trainer's own grouping by length would take the number of an example's rows for its length.
+        return LengthGroupedSampler(self.args.train_batch_size, lengths=self.lengths)
 
 
 class Snapshots(TrainerCallback):

@@ -1,5 +1,6 @@
 import itertools
 import pkgutil
+import random
 from dataclasses import replace
 
 import pytest
@@ -41,6 +42,27 @@ def test_swag_goes_on_from(home, tmp_path, start, point):
 )
 def test_the_epoch_that_swag_leaves(start, restart_best, validated, leaves):
     assert Recipe(epochs=15, start=start, restart_best=restart_best).branch(validated) == leaves
+
+
+def test_batches_are_of_examples_of_similar_length(home, tmp_path, monkeypatch):
+    """Padded to the longest of its batch, an epoch of examples in random order has far more tokens."""
+    words = ["red", "blue", "round", "small"]
+    generator = random.Random(0)
+    lengths = [generator.choice([2, 4, 12, 28]) for _ in range(256)]
+    examples = [data.Example(" ".join(generator.choices(words, k=length)), int(length > 10)) for length in lengths]
+    dataset = data.Dataset("lengths", {"train": examples}, ("short", "long"))
+    sizes = []
+    compute_loss = training.TaskTrainer.compute_loss
+
+    def seen(self, model, inputs, *args, **kwargs):
+        sizes.append((len(inputs["labels"]), inputs["input_ids"].numel(), int(inputs["attention_mask"].sum())))
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(training.TaskTrainer, "compute_loss", seen)
+    fit(tmp_path, home / "bert", dataset, Recipe(epochs=2, start=0.5, collections=2, rank=2, batch_size=8), scale=0.5)
+    assert len(sizes) == 32 * (2 + 2) and {count for count, _, _ in sizes} == {8}
+    padded, used = (sum(column) for column in list(zip(*sizes, strict=True))[1:])
+    assert padded < 1.25 * used
 
 
 RESUMED = Recipe(epochs=3, start=2 / 3, collections=3, rank=3, lr=0.03, swag_lr=0.01, batch_size=8)

@@ -1,5 +1,7 @@
 """Scales and ranks chosen on validation data, through noise that is drawn once."""
 
+import math
+
 import pytest
 import torch
 from posterior_models import step
@@ -10,6 +12,7 @@ from swag_lora import SwagPosterior, predict
 from swag_lora.ensemble import Ensemble
 from swag_lora.metrics import accuracy, brier, ece, nll
 from swag_lora.mixture import Mixture
+from swag_lora.prediction import Prediction
 from swag_lora.scale import (
     SCALES,
     RankChoice,
@@ -117,17 +120,49 @@ def test_choose_scale(drawn):
     evaluator = Evaluator(model)
     choice = choose_scale(evaluator, posterior, ENCODED, samples=4, seed=2)
     assert drawn == [2, 2], "one draw of each chunk serves all scales"
-    assert [scale for scale, _ in evaluator.asked] == list(choice.scales) == list(SCALES)
-    for i, scale in enumerate(SCALES):
+    assert [scale for scale, _ in evaluator.asked] == list(choice.scales)
+    assert choice.scales[: len(SCALES)] == SCALES
+    for i, scale in enumerate(choice.scales):
         log_probs = predict(model, posterior, BATCH, 4, seed=2, scale=scale).log_probs
         for name, metric in (("nll", nll), ("brier", brier)):
             assert getattr(choice, name)[i] == pytest.approx(metric(log_probs, LABELS), rel=1e-4)
         assert choice.accuracy[i] == accuracy(log_probs, LABELS)
         assert choice.ece[i] == pytest.approx(ece(log_probs, LABELS), abs=1e-4)
-    assert choice.scale == SCALES[choice.nll.index(min(choice.nll))]
+    assert choice.scale == choice.scales[choice.nll.index(min(choice.nll))]
     assert (choice.samples, choice.seed) == (4, 2)
     again = choose_scale(Evaluator(model), posterior, ENCODED, samples=4, seed=2)
     assert again == choice
+
+
+@pytest.mark.parametrize(
+    ("best", "last"), [(0.5, 32), (16, 32), (32, 64), (64, 128), (512, 1024), (4096, 4096), (1e9, 4096)]
+)
+def test_scales_go_on_doubling_while_the_last_is_the_best(best, last):
+    model, posterior = fine_tune()
+
+    class Sharpest(Evaluator):
+        """Surest of the right answer at one scale."""
+
+        def sampled(self, posterior, encoded, sampling, title):
+            self.asked.append((sampling.scale, title))
+            margin = 6 - 0.2 * abs(math.log2(sampling.scale / best))
+            return Prediction.from_logits(margin * torch.nn.functional.one_hot(LABELS, 3).unsqueeze(0))
+
+    choice = choose_scale(Sharpest(model), posterior, ENCODED, samples=2)
+    assert choice.scales == tuple(2.0**i for i in range(-1, 1 + round(math.log2(last))))
+    assert choice.scale == min(best, last)
+    assert choose_scale(Sharpest(model), posterior, ENCODED, samples=2, scales=(1.0, 2.0)).scales == (1.0, 2.0)
+
+
+def test_scales_that_change_nothing_are_not_gone_on_with():
+    model, posterior = fine_tune()
+
+    class Even(Evaluator):
+        def sampled(self, posterior, encoded, sampling, title):
+            return Prediction.from_logits(torch.zeros(1, len(LABELS), 3))
+
+    choice = choose_scale(Even(model), posterior, ENCODED)
+    assert choice.scales == SCALES and choice.scale == SCALES[0]
 
 
 def test_the_chosen_one_has_the_smallest_nll():

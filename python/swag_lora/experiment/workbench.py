@@ -19,7 +19,7 @@ from ..files import write_text
 from ..mixture import Mixture
 from ..posterior import SwagPosterior
 from ..predictor import Posterior
-from ..scale import SCALES, ScaleChoice, choose_rank, choose_scale
+from ..scale import ScaleChoice, choose_rank, choose_scale
 from ..temperature import fit_temperature
 from ..training import arithmetic
 from .methods import POOLED
@@ -102,7 +102,7 @@ class Workbench:
         held = min(int(posterior.count), posterior.rank)
         chosen: dict[str, Any] = {"scales": [], "nll": [], "accuracy": [], "ece": [], "brier": [], "rank": held}
         if settings.choose_rank:
-            scales = SCALES if settings.scale == AUTO else (float(settings.scale),)
+            scales = None if settings.scale == AUTO else (float(settings.scale),)
             ranks = choose_rank(self.evaluator, posterior, self.encoded("val"), seed=seed, scales=scales)
             chosen |= _curve(ranks.choice) | {"rank": ranks.rank, "scale": ranks.choice.scale}
             chosen["ranks"] = {
