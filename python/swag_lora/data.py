@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from . import hub
-from .examples import Example, Row, Source, are_choices, build
+from .examples import Example, Row, Source, UnknownLabelError, are_choices, build
 
 SPLITS = ("train", "val", "test", "oos_test")
+
+_WITHOUT_LABELS = "to read it without its labels, give it as --ood-unlabelled"
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,10 @@ def load_outside(source: str | Path, labels: tuple[str, ...] | None = None, *, l
     labels = found.labels or labels
     labelled = labelled and split == "test" and any(_has_label(row) for _, row in rows)
     labelled = labelled and (labels is not None or are_choices(rows))
-    examples, names = build(found.name, {"test": rows}, labels, labelled)
+    try:
+        examples, names = build(found.name, {"test": rows}, labels, labelled)
+    except UnknownLabelError as error:
+        raise ValueError(f"{error}; {_WITHOUT_LABELS} {source}") from None
     return Dataset(found.name, examples, names)
 
 
@@ -163,8 +168,7 @@ def check_shift(inside: Dataset, outside: Dataset) -> bool:
     if inside.labels is not None and outside.labels is not None and inside.labels != outside.labels:
         raise ValueError(
             f"{outside.name} has other classes than {inside.name} ({_difference(outside.labels, inside.labels)}), so "
-            "accuracy, NLL and calibration on it make no sense; to read it without its labels, give it as "
-            f"--ood-unlabelled {outside.name}"
+            f"accuracy, NLL and calibration on it make no sense; {_WITHOUT_LABELS} {outside.name}"
         )
     return True
 

@@ -16,6 +16,11 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any
 
+
+class UnknownLabelError(ValueError):
+    """A row's label is none of the classes."""
+
+
 Row = tuple[str, Any]
 """Where a row stands, for messages, and its columns."""
 
@@ -100,7 +105,7 @@ class _Classes:
             known = f"it must be in 0..{len(self.names) - 1} or a class name"
         else:
             known = f"the train split has {', '.join(self.names[:8])}{', ...' if len(self.names) > 8 else ''}"
-        raise ValueError(f"{where}: unknown label {label!r}; {known}")
+        raise UnknownLabelError(f"{where}: unknown label {label!r}; {known}")
 
 
 def _classes(name: str, rows: Mapping[str, list[Row]], labels: tuple[str, ...] | None) -> _Classes:

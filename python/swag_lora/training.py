@@ -64,7 +64,7 @@ def train(
         warmup_steps=round(WARMUP * total) if phase.schedule == "linear" else 0,
         weight_decay=0.0,
         use_cpu=device.type == "cpu",
-        bf16=_bf16(device),
+        bf16=native_bf16(device),
         seed=phase.seed,
         save_strategy="epoch",
         save_total_limit=2,  # the one before the last, until the last is marked as whole
@@ -207,10 +207,10 @@ def _last_whole(folder: Path) -> Path | None:
 
 def arithmetic(device: torch.device) -> torch.autocast:
     """The autocast that models are trained in on a device, to predict in the same."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=_bf16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=native_bf16(device))
 
 
-def _bf16(device: torch.device) -> bool:
+def native_bf16(device: torch.device) -> bool:
     """Whether bfloat16 arithmetic is native there; emulated, it is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

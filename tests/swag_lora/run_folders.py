@@ -51,7 +51,7 @@ def write_run(
         "scale": "auto",
         "rank": None,
         "methods": list(methods),
-        "environment": {"torch": "2.13.0", "device": "cpu"},
+        "environment": {"torch": "2.13.0", "device": "cpu", "arithmetic": "bfloat16"},
     }
     (folder / "experiment.json").write_text(json.dumps(settings))
     for place, seed in enumerate(seeds):

@@ -210,7 +210,7 @@ def test_shift_to_the_same_classes(tmp_path):
     assert [example.label for example in shifted.splits["test"]] == [2, 0] and shifted.labels == inside.labels
     assert data.check_shift(inside, shifted)
     assert data.check_shift(inside, data.load_outside(tmp_path / "colors", inside.labels))
-    with pytest.raises(ValueError, match=r"out\.jsonl:2: unknown label 'pink'"):
+    with pytest.raises(ValueError, match=r"out\.jsonl:2: unknown label 'pink'.*--ood-unlabelled .*out\.jsonl"):
         outside(tmp_path, [rows[0], {"text": "a", "label": "pink"}], labels=inside.labels)
     with pytest.raises(ValueError, match=r"out\.jsonl:2: unknown label -1"):
         outside(tmp_path, [rows[0], {"text": "a", "label": -1}], labels=inside.labels)

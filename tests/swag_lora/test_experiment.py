@@ -39,7 +39,7 @@ SEEDS = (0, 1)
 def in_float32():
     """Training and prediction, so that plain computations come to the same on every machine."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_bf16", lambda device: False)
+        patch.setattr(training, "native_bf16", lambda device: False)
         yield
 
 
@@ -237,6 +237,7 @@ def test_the_seeds_chose_differently(finished):
 def test_report_and_arguments(home, finished, asked):
     held = json.loads((finished / "experiment.json").read_text())
     assert held["format"] == 1 and held["methods"] == list(TITLES) and held["seeds"] == [0, 1]
+    assert held["environment"]["arithmetic"] == "float32"  # so the fixture wants it
     assert held["data"]["splits"] == {"train": 48, "val": 24, "test": 24}
     assert [tuple(task.values()) for task in held["ood"]] == [
         ("oos_test", False, 8), ("shift-val", True, 8), ("elsewhere", False, 5)
@@ -297,7 +298,7 @@ def test_rank_is_chosen_on_validation_data(home, finished, asked, tmp_path, plai
 
 
 def test_predictions_are_made_in_the_arithmetic_of_training(finished, asked, tmp_path, plain, stored, monkeypatch):
-    monkeypatch.setattr(training, "_bf16", lambda device: True)
+    monkeypatch.setattr(training, "native_bf16", lambda device: True)
     fitted_anew(finished, replace(asked, seeds=(1,), methods=("map-last",)), tmp_path / "run")
     found = predictions(tmp_path / "run")["map-last/seed-1"][0]["test/log_probs"]
     with torch.autocast("cpu", torch.bfloat16):

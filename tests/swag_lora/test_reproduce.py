@@ -178,6 +178,10 @@ def test_other_classes_out_of_distribution(tmp_path, untrained, home, capsys):
     assert f"--ood-unlabelled {tmp_path / 'shift'}" in line and "class 2 is 'pink' against 'blue'" in line
     (tmp_path / "shift" / "labels.json").write_text(json.dumps([*COLORS, "pink"]))
     assert "4 classes against 3" in untrained("--ood", tmp_path / "shift")
+    (tmp_path / "shift" / "labels.json").unlink()
+    write_lines(tmp_path / "shift" / "test.jsonl", [{"text": "red", "label": "red"}, {"text": "pink", "label": "pink"}])
+    line = untrained("--ood", tmp_path / "shift")
+    assert "test.jsonl:2: unknown label 'pink'" in line and f"--ood-unlabelled {tmp_path / 'shift'}" in line
     assert main(command(home, tmp_path / "out", "--ood-unlabelled", tmp_path / "shift", "--dry-run")) == 0
 
 

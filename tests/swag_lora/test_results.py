@@ -237,6 +237,7 @@ def test_markdown(results):
     assert "over 3 seeds (0, 1, 5)" in text
     assert "3 × 4 = 12 (MultiSWAG)" in text and "2, 3, 7 (SWAG, diagonal · SWAG)" in text
     assert "Temperature: 1.8 (MAP, last, temperature)" in text
+    assert "Trained and predicted in bfloat16 on cpu, torch 2.13.0." in text
 
 
 def with_means(results, metric, means):

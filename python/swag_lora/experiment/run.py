@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from .. import training
 from ..checkpoint import POSTERIOR_NAME
 from ..files import write_text
 from ..fit import fit
@@ -107,10 +108,8 @@ def claim(folder: Path, settings: Settings, sources: Sources, task: Task, method
     if path.is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    environment = {"torch": torch.__version__, "device": device}
     asked = _asked(settings, sources, task, methods)
-    write_text(path, json.dumps({"format": 1, **asked, "environment": environment}, indent=1) + "\n")
+    write_text(path, json.dumps({"format": 1, **asked, "environment": _environment()}, indent=1) + "\n")
 
 
 def check_folder(folder: Path, settings: Settings, sources: Sources, task: Task, methods: tuple[str, ...]) -> None:
@@ -139,6 +138,15 @@ def _asked(settings: Settings, sources: Sources, task: Task, methods: tuple[str,
     template = None if settings.template is None else task.template
     asked = settings.to_dict() | sources.described() | {"methods": methods, "template": template}
     return json.loads(json.dumps(asked))
+
+
+def _environment() -> dict[str, str]:
+    cuda = torch.cuda.is_available()
+    return {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "arithmetic": "bfloat16" if training.native_bf16(torch.device("cuda" if cuda else "cpu")) else "float32",
+    }
 
 
 def stages(

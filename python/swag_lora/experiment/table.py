@@ -114,6 +114,11 @@ def notes(results: Mapping[str, Any]) -> list[str]:
             "AUROC and AUPR: out-of-distribution examples (the positives) against the test split, by predictive entropy "
             "and by mutual information (MI)."
         )
+    if "arithmetic" in results.get("environment", {}):
+        environment = results["environment"]
+        lines.append(
+            f"Trained and predicted in {environment['arithmetic']} on {environment['device']}, torch {environment['torch']}."
+        )
     lines.append("s / 1000: seconds of prediction for 1000 examples; passes: forward passes an example.")
     if results["missing"]:
         lines.append(f"NOT FINISHED, without {', '.join(results['missing'])}.")
