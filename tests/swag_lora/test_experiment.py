@@ -254,6 +254,7 @@ def fitted_anew(finished, settings, folder):
     for seed in settings.seeds:
         shutil.copytree(finished / f"seed-{seed}", folder / f"seed-{seed}")
         (folder / f"seed-{seed}" / "selection.json").unlink()
+        (folder / f"seed-{seed}" / "unfinished" / "swag").mkdir(parents=True)  # of a kill just before it is removed
     return reproduce(folder, settings, figures=False)
 
 
@@ -262,6 +263,7 @@ def test_a_fixed_scale_gives_the_diagonal_twice_of_it(finished, asked, tmp_path,
     fitted_anew(finished, settings, tmp_path / "run")
     found = predictions(tmp_path / "run")
     assert [told["scale"] for _, told in found.values()] == [0.5, 1.0]
+    assert not list((tmp_path / "run").rglob("unfinished"))
     model = plain(1)
     for method, scale in (("swag", 0.5), ("swag-diagonal", 1.0)):
         weights = posterior(model, finished, 1).draw(SAMPLES, seed=1, scale=scale, covariance=method == "swag")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,6 +17,7 @@ from ..ensemble import Ensemble
 from ..evaluate import load_folder
 from ..evaluator import Encoded, Evaluator, Sampling, labels_of
 from ..files import write_text
+from ..fit import UNFINISHED
 from ..mixture import Mixture
 from ..posterior import SwagPosterior
 from ..predictor import Posterior
@@ -91,6 +93,8 @@ class Workbench:
 
     def select(self, seed: int) -> None:
         """Choose scale and rank on validation data, and write what each scale gave."""
+        # A fit that was killed after its posterior was whole leaves it.
+        shutil.rmtree(self.seed_folder(seed) / UNFINISHED, ignore_errors=True)
         with self.arithmetic():
             chosen = self._select(seed)
         task = replace(self.evaluator.task, seed=seed, scale=float(chosen["scale"]))
