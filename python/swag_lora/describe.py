@@ -60,6 +60,6 @@ def _task(folder: Path) -> dict[str, str]:
     return {
         "task": "multiple choice" if task.labels is None else f"text classification, {len(task.labels)} classes",
         "model": task.model,
-        "sample scale": f"{task.scale:g}",
+        "sample scale": f"{task.scale:g}" + ("" if task.rank is None else f", of the last {task.rank} deviations"),
         "also": ", ".join(points) or "no point estimate",
     }

@@ -25,7 +25,7 @@ POINT_ESTIMATES = {"map": "MAP, last epoch", "map-best": "MAP, best epoch"}
 def load_folder(
     folder: str | Path, model: str | None = None, batch_size: int = 32, show: bool = False
 ) -> tuple[Evaluator, SwagPosterior]:
-    """The model at the posterior mean, and the posterior, of a folder that `swag-lora fit` wrote.
+    """The model at the posterior mean, and the posterior with the rank chosen, of a folder that `swag-lora fit` wrote.
 
     `model` replaces the base model that the folder names, which may have moved since.
     """
@@ -41,6 +41,8 @@ def load_folder(
         raise ValueError(f"the adapter in {folder} does not fit {task.model}: {error}") from None
     peft_model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     posterior = SwagPosterior.from_pretrained(peft_model, folder)
+    if task.rank is not None:
+        posterior = posterior.truncated(task.rank)
     return Evaluator(task, peft_model, tokenizer, batch_size, show), posterior
 
 

@@ -18,6 +18,7 @@ from . import plan
 from .data import Example
 from .drawing import resolve_method
 from .patch import SampledModel
+from .positions import capacity
 from .prediction import Prediction
 from .predictor import Posterior, Predictor
 from .ranks import Ranks
@@ -83,7 +84,17 @@ class Evaluator:
             raise ValueError(str(error)) from None
 
     def encode(self, examples: Sequence[Example]) -> Encoded:
-        return self.task.encode(self.tokenizer, examples)
+        """
+        Raises:
+            ValueError: an example is longer than the model's table of positions.
+        """
+        encoded = self.task.encode(self.tokenizer, examples)
+        longest, most = max((example["length"] for example in encoded), default=0), capacity(self.model)
+        if most is not None and longest > most:
+            raise ValueError(
+                f"an example has {longest} tokens, and {self.task.model} has positions for {most}: take --max-length {most}"
+            )
+        return encoded
 
     def batches(self, encoded: Encoded) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """Batches of examples of similar length, with the examples' places in the split."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -62,8 +61,7 @@ def fit(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; the posterior needs a folder")
-    recipe.check()
-    dataset.split("train")
+    recipe.check(len(dataset.split("train")))
     task = Task.of(model, dataset, max_length, recipe.seed) if task is None else task
     work = _Work(folder / UNFINISHED, {"recipe": asdict(recipe), "task": asdict(task), "data": _fingerprints(dataset)})
     trained = _train(work, task, dataset, recipe, show)
@@ -124,7 +122,7 @@ def _train(work: _Work, task: Task, dataset: Dataset, recipe: Recipe, show: bool
     with threads(recipe.threads), bars(show, console=Console(stderr=True)) as progress:
         states, told = _map_phase(work.folder, evaluator, examples, val, recipe, progress)
         load_state(evaluator.model, states["branch"])
-        steps_per_epoch = math.ceil(len(examples) / recipe.batch_size)
+        steps_per_epoch = recipe.steps_per_epoch(len(examples))
         anneal_steps = recipe.anneal_epochs * steps_per_epoch
         leave = told["branch_epoch"] if recipe.start is None else recipe.branch(val is not None)[0]
         begin = recipe.rate(leave * steps_per_epoch, steps_per_epoch) if anneal_steps else recipe.swag_lr
@@ -144,6 +142,7 @@ def _train(work: _Work, task: Task, dataset: Dataset, recipe: Recipe, show: bool
             "constant",
             recipe.batch_size,
             recipe.seed,
+            recipe.max_grad_norm,
             None if recipe.every is None else recipe.every * recipe.collections,
         )
         train(evaluator, examples, phase, [swag], progress)
@@ -158,7 +157,16 @@ def _map_phase(
     path = work / "map.safetensors"
     if not path.is_file():
         snapshots = Snapshots(evaluator, val, *recipe.branch(val is not None))
-        phase = Phase("MAP", work / "map", recipe.epochs, recipe.lr, "linear", recipe.batch_size, recipe.seed)
+        phase = Phase(
+            "MAP",
+            work / "map",
+            recipe.epochs,
+            recipe.lr,
+            "linear",
+            recipe.batch_size,
+            recipe.seed,
+            recipe.max_grad_norm,
+        )
         train(evaluator, examples, phase, [snapshots], progress)
         states = {"last": state_of(evaluator.model), "best": snapshots.best, "branch": snapshots.branch}
         told = {"nll": snapshots.nll, "branch_epoch": snapshots.left_after}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +24,8 @@ class Recipe:
     the overconfidence. `start` names a fraction of the epochs instead, and with `restart_best` the best epoch up to
     there; without validation data it begins after `start`, by default a third.
 
+    Gradients whose norm exceeds `max_grad_norm` are scaled down to it; 0 leaves them as they are.
+
     `threads` is fixed because the sums of a backward pass on the CPU are split by thread: with it a seed gives one
     result, whatever OMP_NUM_THREADS says. One thread is also not held up by other load on the machine; larger models
     want more.
@@ -38,6 +41,7 @@ class Recipe:
     swag_lr: float = 1e-4
     anneal_epochs: int = 0
     anneal: Literal["linear", "cosine"] = "linear"
+    max_grad_norm: float = 1.0
     batch_size: int = 32
     lora_rank: int = 8
     lora_alpha: int = 16
@@ -46,15 +50,28 @@ class Recipe:
     seed: int = 0
     threads: int = 1
 
-    def check(self) -> None:
-        """
+    def check(self, examples: int | None = None) -> None:
+        """`examples` are those of the training split, where they are known.
+
         Raises:
-            ValueError: what leaves no covariance.
+            ValueError: what leaves no covariance, or ends before the rate is annealed.
         """
         if self.collections < 2 or self.rank < 2:
             raise ValueError(
                 f"a covariance needs at least two collections and rank 2, got {self.collections} and {self.rank}"
             )
+
+        if examples is not None:
+            epoch = self.steps_per_epoch(examples)
+            anneal, steps = self.anneal_epochs * epoch, self.collections * (self.every or epoch)
+            if steps < anneal:
+                raise ValueError(
+                    f"the {self.collections} collections end after {steps} steps, the rate is annealed over {anneal}: "
+                    "take fewer --anneal-epochs, or more --collections"
+                )
+
+    def steps_per_epoch(self, examples: int) -> int:
+        return math.ceil(examples / self.batch_size)
 
     def branch(self, validated: bool) -> tuple[int, bool]:
         """The epoch after which SWAG leaves, and whether it is instead the best on validation data up to there."""
@@ -90,6 +107,7 @@ PRESETS = {
         lr=1e-4,
         swag_lr=1e-5,
         anneal_epochs=5,
+        max_grad_norm=0.0,
         batch_size=32,
         lora_rank=8,
         lora_alpha=16,
@@ -97,4 +115,6 @@ PRESETS = {
     ),
 }
 """`default` trains small encoders in minutes. `swag-lora` has the values of the configuration that Onal et al. (2024)
-published with their code: 15 epochs in all, SWAG from the best validation epoch after 8, its rate annealed over 5 epochs."""
+published with their code: 15 epochs in all, SWAG from the best validation epoch after 8, its rate annealed over 5 epochs, no
+gradient clipped. Beside theirs, the point estimate goes on to its own 15th epoch, and the moments of AdamW start anew with
+SWAG."""

@@ -33,6 +33,7 @@ def add(parser: argparse.ArgumentParser, preset: str, rank: Callable[[str], int 
     parser.add_argument(
         "--anneal-epochs", type=arguments.at_least(0), help="from the schedule's rate to it (0: at once)"
     )
+    parser.add_argument("--max-grad-norm", type=arguments.non_negative, help="gradients are clipped to it (0: not)")
     parser.add_argument("--batch-size", type=arguments.count)
     parser.add_argument("--lora-rank", type=arguments.count)
     parser.add_argument("--lora-alpha", type=arguments.count, help="(twice the rank)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from .posterior import SwagPosterior
 from .weights import SampledWeights
 
 SCALES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-LARGEST_SCALE = 4096.0
+SMALLEST_SCALE, LARGEST_SCALE = 1 / 64, 4096.0
 RANKS = (2, 5, 10, 20, 50, 100)
 SAMPLES = 8
 
@@ -124,7 +124,8 @@ def choose_scale(
 
     Args:
         samples, seed, method: the samples averaged, see `Sampling`.
-        scales: by default those of `SCALES`, and as long as the last is the best its double, up to `LARGEST_SCALE`.
+        scales: by default those of `SCALES`, and as long as an end of them is the best they go on beyond it by twos, to
+            `SMALLEST_SCALE` and `LARGEST_SCALE`.
         title: what the progress bar says before the scale.
 
     Raises:
@@ -133,19 +134,30 @@ def choose_scale(
     if not len(encoded):
         raise ValueError("a scale is chosen on validation examples, and there are none: give a number for the scale")
     labels, draws = labels_of(encoded), reused(posterior)
-    tried = list(SCALES if scales is None else scales)
-    if not tried or not all(math.isfinite(scale) and scale >= 0 for scale in tried):
-        raise ValueError(f"the scales to choose from must be finite and not negative, got {tried}")
-    found: list[list[float]] = []
-    for scale in tried:
-        sampling = Sampling(samples, seed, scale, method)
-        log_probs = evaluator.sampled(draws, encoded, sampling, f"{title}scale {scale:g} on validation data").log_probs
-        found.append([metric(log_probs, labels) for metric in (nll, accuracy, ece, brier)])
-        best = all(found[-1][0] < before[0] for before in found[:-1])
-        if scales is None and best and scale == tried[-1] < LARGEST_SCALE:
-            tried.append(2 * scale)
-    of_nll, of_accuracy, of_ece, of_brier = (tuple(values) for values in zip(*found, strict=True))
-    return ScaleChoice(tuple(tried), of_nll, of_accuracy, of_ece, of_brier, samples, seed)
+    wanted = list(SCALES if scales is None else scales)
+    if not wanted or not all(math.isfinite(scale) and scale >= 0 for scale in wanted):
+        raise ValueError(f"the scales to choose from must be finite and not negative, got {wanted}")
+    found: dict[float, list[float]] = {}
+    while wanted:
+        for scale in wanted:
+            what = f"{title}scale {scale:g} on validation data"
+            log_probs = evaluator.sampled(draws, encoded, Sampling(samples, seed, scale, method), what).log_probs
+            found[scale] = [metric(log_probs, labels) for metric in (nll, accuracy, ece, brier)]
+        wanted = _beyond({scale: values[0] for scale, values in found.items()}) if scales is None else []
+    tried = tuple(sorted(found))
+    of_nll, of_accuracy, of_ece, of_brier = (tuple(found[scale][i] for scale in tried) for i in range(4))
+    return ScaleChoice(tried, of_nll, of_accuracy, of_ece, of_brier, samples, seed)
+
+
+def _beyond(of_nll: Mapping[float, float]) -> list[float]:
+    """The scale to try next, where the best of those tried is the smallest or the largest."""
+    smallest, largest = min(of_nll), max(of_nll)
+    best = min(of_nll, key=lambda scale: (of_nll[scale], scale))
+    if best == largest < LARGEST_SCALE:
+        return [2 * largest]
+    if best == smallest > SMALLEST_SCALE and of_nll[smallest] < of_nll[2 * smallest]:
+        return [smallest / 2]
+    return []
 
 
 def choose_rank(

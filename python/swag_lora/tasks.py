@@ -30,8 +30,9 @@ LEAST_LETTERS = 5
 class Task:
     """Text classification, or multiple choice where `labels` is None.
 
-    `scale` is the sample scale chosen for the posterior saved beside it; `seed` that of the fit, with which
-    parameters that the checkpoint lacks are initialised.
+    `scale` is the sample scale chosen for the posterior saved beside it, and `rank` how many of its deviations, the most
+    recent ones, where that was chosen too; `seed` that of the fit, with which parameters that the checkpoint lacks are
+    initialised.
 
     `kind` is "classification" of texts or pairs of texts; "scores", one score for each choice of a question; or
     "letters", a prompt that a causal language model answers with one of `letters` letters, whose logits at the prompt's
@@ -45,6 +46,7 @@ class Task:
     max_length: int = 128
     seed: int = 0
     scale: float = 0.5
+    rank: int | None = None
     kind: str = ""
     template: str | None = None
     letters: int = 0
@@ -84,7 +86,8 @@ class Task:
         causal = config in MODEL_FOR_CAUSAL_LM_MAPPING
         if kind is None and task.is_choice and causal and config not in MODEL_FOR_MASKED_LM_MAPPING:
             kind = "letters"
-        if kind == "letters" and not causal:
+        # Their positions are counted from elsewhere, or behind an encoder.
+        if kind == "letters" and (not causal or config in MODEL_FOR_MASKED_LM_MAPPING):
             raise ValueError(
                 f"{model} is no causal language model, so it cannot answer with letters: take --task scores (kind)"
             )

@@ -41,6 +41,7 @@ class Phase:
     schedule: str
     batch_size: int
     seed: int
+    max_grad_norm: float
     steps: int | None = None
 
 
@@ -63,6 +64,7 @@ def train(
         lr_scheduler_type=phase.schedule,
         warmup_steps=round(WARMUP * total) if phase.schedule == "linear" else 0,
         weight_decay=0.0,
+        max_grad_norm=phase.max_grad_norm,
         use_cpu=device.type == "cpu",
         bf16=native_bf16(device),
         seed=phase.seed,

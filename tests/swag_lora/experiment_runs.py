@@ -36,7 +36,8 @@ def settings_of(home, recipe=LIVELY, **changes):
 def predictions(folder):
     """Every tensor by method, file and name, and beside them what was told without the seconds."""
     found = {}
-    for path in sorted((folder / "predictions").rglob("*.safetensors")):
+    # What a kill leaves half written has a name that begins with a dot.
+    for path in sorted((folder / "predictions").rglob("[!.]*.safetensors")):
         with safe_open(path, "pt") as file:
             told = json.loads(file.metadata()["json"])
             told["seconds"] = sorted(told["seconds"])

@@ -25,7 +25,9 @@ from experiment_runs import (
 )
 from torch.nn.functional import nll_loss
 
-from swag_lora import SwagPosterior, training
+from swag_lora import SwagPosterior, data, training
+from swag_lora.evaluate import load_folder
+from swag_lora.evaluator import Sampling
 from swag_lora.experiment import run
 from swag_lora.experiment.methods import POOLED, TITLES
 from swag_lora.experiment.run import claim, prepare, reproduce
@@ -215,7 +217,7 @@ def test_scale_is_the_best_of_the_curve_on_validation_data(home, finished, plain
     model, chosen = plain(seed, validation=True), selection(finished, seed)
     fitted = posterior(model, finished, seed)
     for curve, covariance in ((chosen, True), (chosen["diagonal"], False)):
-        assert curve["scales"][:7] == [0.5, 1, 2, 4, 8, 16, 32]
+        assert {0.5, 1, 2, 4, 8, 16, 32} <= set(curve["scales"])
         assert curve["scale"] == curve["scales"][curve["nll"].index(min(curve["nll"]))]
         for i in (0, 3, 6):
             weights = fitted.draw(SAMPLES, seed=seed, scale=curve["scales"][i], covariance=covariance)
@@ -295,8 +297,36 @@ def test_rank_is_chosen_on_validation_data(home, finished, asked, tmp_path, plai
         best = at["scales"][at["nll"].index(loss)]
         weights = posterior(model, finished, 1).truncated(rank).draw(SAMPLES, seed=1, scale=best)
         assert loss == pytest.approx(nll(model.each(weights).softmax(-1).mean(0).log(), labels), rel=1e-4)
-    told = predictions(tmp_path / "run")["swag/seed-1"][1]
-    assert (told["scale"], told["rank"]) == (chosen["scale"], chosen["rank"])
+    found = predictions(tmp_path / "run")["swag/seed-1"]
+    assert (found[1]["scale"], found[1]["rank"]) == (chosen["scale"], chosen["rank"])
+    folder = tmp_path / "run" / "seed-1"
+    evaluator, truncated = load_folder(folder)
+    assert evaluator.task.rank == chosen["rank"] == len(truncated.deviations)
+    sampling = Sampling(SAMPLES, 1, evaluator.task.scale)
+    test = evaluator.encode(data.load(home / "colors").split("test"))
+    loaded = evaluator.sampled(truncated, test, sampling)
+    close({"log_probs": found[0]["test/log_probs"]}, {"log_probs": loaded.log_probs.double()}, "the folder of the seed")
+
+
+def test_the_rank_that_was_chosen_does_not_narrow_the_next_choice(home, finished, asked, tmp_path):
+    settings = replace(asked, choose_rank=True, seeds=(1,), methods=("swag",), ood=(), ood_unlabelled=())
+    fitted_anew(finished, settings, tmp_path / "run")
+    first = selection(tmp_path / "run", 1)
+    (tmp_path / "run" / "seed-1" / "selection.json").unlink()
+    task = tmp_path / "run" / "seed-1" / "task.json"
+    task.write_text(json.dumps(json.loads(task.read_text()) | {"rank": 2}))
+    reproduce(tmp_path / "run", settings, figures=False)
+    assert selection(tmp_path / "run", 1) == first and set(first["ranks"]) == {"2", "3"}
+
+
+def test_a_run_does_not_go_on_in_other_arithmetic(quick, home, tmp_path, monkeypatch):
+    folder = shutil.copytree(quick, tmp_path / "run")
+    (folder / "predictions" / "swag" / "seed-1.safetensors").unlink()
+    before = everything(folder)
+    monkeypatch.setattr(training, "native_bf16", lambda device: True)
+    with pytest.raises(ValueError, match="computed in float32, and here it would go on in bfloat16: .*--output"):
+        reproduce(folder, settings_of(home, QUICK), figures=False)
+    assert everything(folder) == before
 
 
 def test_predictions_are_made_in_the_arithmetic_of_training(finished, asked, tmp_path, plain, stored, monkeypatch):
@@ -438,6 +468,23 @@ def test_other_arguments_in_a_run_s_folder(home, quick, changes, named):
     told = set(message.partition("(")[2].partition(")")[0].split(", "))
     assert told == set(named.split(", "))
     assert everything(quick) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"limits": {"val": 0}}, "limit of val"),
+        ({"limits": {"test": 0}}, "limit of test"),
+        ({"methods": ()}, "no methods"),
+        ({"scale": -1.0}, "got -1"),
+        ({"scale": float("nan")}, "nan"),
+        ({"scale": "Auto"}, "'Auto'"),
+        ({"seeds": (0, 2**32)}, "4294967296"),
+    ],
+)
+def test_settings_that_no_data_could_make_right(home, changes, named):
+    with pytest.raises(ValueError, match=named):
+        prepare(settings_of(home, **changes))
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test", "oos_test"])

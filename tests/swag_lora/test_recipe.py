@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ def test_the_published_recipe():
     assert (recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout) == (8, 16, 0.1)
     assert recipe.branch(validated=True) == (8, True) and recipe.branch(validated=False) == (8, False)
     assert recipe.every is None and 8 + recipe.collections == 15
+    assert (recipe.max_grad_norm, PRESETS["default"].max_grad_norm) == (0, 1)
     lora = recipe.lora()
     assert (lora.r, lora.lora_alpha, lora.lora_dropout) == (8, 16, 0.1)
     assert training.WARMUP == 0.06
@@ -46,6 +48,7 @@ def test_the_published_recipe():
         ("--lora-rank 4", {"lora_rank": 4, "lora_alpha": 8}),
         ("--lora-rank 4 --lora-alpha 5 --lora-dropout 0", {"lora_rank": 4, "lora_alpha": 5, "lora_dropout": 0.0}),
         ("--anneal-epochs 0 --batch-size 7 --threads 2", {"anneal_epochs": 0, "batch_size": 7, "threads": 2}),
+        ("--max-grad-norm 0.5", {"max_grad_norm": 0.5}),
         ("--target-modules query,value", {"target_modules": ("query", "value")}),
     ],
 )
@@ -96,6 +99,36 @@ def test_rates_that_reach_the_optimizer(home, tmp_path, few, steps, anneal_epoch
     assert recipe.rate(18, 3) == pytest.approx(begin) and [recipe.rate(k, 3) for k in range(36)] == pytest.approx(
         expected
     )
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.01, 1e6])
+def test_gradients_that_reach_the_optimizer(home, tmp_path, few, monkeypatch, limit):
+    norms, step = [], torch.optim.AdamW.step
+
+    def record(self, *args, **kwargs):
+        gradients = [p.grad.flatten() for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(torch.cat(gradients).norm().item())
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    fit(tmp_path, home / "bert", few, Recipe(epochs=2, collections=2, rank=2, max_grad_norm=limit, batch_size=8), 16)
+    if limit == 0.01:
+        assert norms == pytest.approx([limit] * len(norms), rel=1e-3)
+    else:
+        assert min(norms) > 0.02
+
+
+def test_annealing_that_the_collections_cut_short(home, tmp_path, few):
+    recipe = Recipe(epochs=2, collections=3, rank=2, anneal_epochs=2, every=1, batch_size=8)
+    with pytest.raises(
+        ValueError, match="3 collections end after 3 steps, the rate is annealed over 6: .*anneal-epochs"
+    ):
+        fit(tmp_path / "run", home / "bert", few, recipe, 16)
+    assert not (tmp_path / "run").exists()
+    replace(recipe, every=2).check(24)
+    replace(recipe, every=None, anneal_epochs=3).check(24)
+    with pytest.raises(ValueError, match="end after 9 steps"):
+        replace(recipe, every=None, anneal_epochs=4).check(17)
 
 
 @pytest.mark.parametrize(("every", "expected"), [(None, [3, 6, 9]), (2, [2, 4, 6])])

@@ -16,7 +16,8 @@ from swag_lora.cli import main
 from swag_lora.experiment import run
 
 QUICK = (
-    "--seeds 0,1 --epochs 3 --start 0.7 --collections 3 --rank 3 --lr 0.03 --batch-size 8 --samples 8 --max-length 16"
+    "--seeds 0,1 --epochs 3 --start 0.7 --collections 3 --anneal-epochs 2 --rank 3 --lr 0.03 --batch-size 8 "
+    "--samples 8 --max-length 16"
 )
 
 
@@ -230,6 +231,8 @@ def test_missing_and_empty_splits(tmp_path, untrained):
         ("--samples 1", "at least 2"),
         ("--seeds 0,0", "different"),
         ("--seeds 0,-1", "--seeds"),
+        ("--seeds 0,4294967296", "2^32"),
+        ("--collections 3 --anneal-epochs 4", "--anneal-epochs"),
         ("--seeds ,", "--seeds"),
         ("--limit foo=3", "'foo'"),
         ("--limit train=none", "--limit"),

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from .. import training
 from ..checkpoint import POSTERIOR_NAME
+from ..evaluator import Evaluator
 from ..files import write_text
 from ..fit import fit
 from ..pretrained import load_config
@@ -78,6 +80,7 @@ def prepare(settings: Settings) -> tuple[Sources, Task, tuple[str, ...]]:
     """Read the data and check all that can be checked before training; the task is that of the first seed."""
     settings.check()
     sources = load(settings)
+    settings.recipe.check(len(sources.inside.split("train")))
     methods = settings.chosen_methods(sources.validated)
     if "mc-dropout" in methods and settings.recipe.lora_dropout == 0:
         raise ValueError("MC dropout needs --lora-dropout above 0; or leave it out of --methods")
@@ -92,8 +95,12 @@ def prepare(settings: Settings) -> tuple[Sources, Task, tuple[str, ...]]:
     )
     for outside in sources.outside:
         task.check(outside.dataset)
+    tokenizer, model = task.tokenizer(), nn.Module()
     if not hasattr(load_config(task.model), "quantization_config"):  # quantised weights do not load without a device
-        task.peft_model(task.tokenizer(), settings.recipe.lora(), device="meta")
+        model = task.peft_model(tokenizer, settings.recipe.lora(), device="meta")
+    evaluator = Evaluator(task, model, tokenizer)
+    for examples in (*sources.inside.splits.values(), *sources.splits().values()):
+        evaluator.encode(examples)
     return sources, task, methods
 
 
@@ -127,6 +134,12 @@ def check_folder(folder: Path, settings: Settings, sources: Sources, task: Task,
             raise ValueError(
                 f"{folder} holds a run with other arguments or data ({', '.join(different)}): go on with the same "
                 "ones, or choose another --output"
+            )
+        before, now = held.get("environment", {}).get("arithmetic"), _environment()["arithmetic"]
+        if before != now:
+            raise ValueError(
+                f"{folder} holds a run computed in {before}, and here it would go on in {now}: go on where it began, or "
+                "choose another --output"
             )
     # A kill while it was written leaves its temporary name.
     elif folder.is_dir() and any(not file.match(f".{path.stem}.*.partial{path.suffix}") for file in folder.iterdir()):

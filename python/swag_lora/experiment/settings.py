@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -47,8 +48,8 @@ class Settings:
             ValueError: what no data could make right.
         """
         self.recipe.check()
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError(f"the seeds must be different numbers, at least 0, and at least one: got {self.seeds}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or not all(0 <= s < 2**32 for s in self.seeds):
+            raise ValueError(f"the seeds must be different numbers from 0 to 2^32 - 1, at least one: got {self.seeds}")
         if self.samples < 2 or self.samples % 2:
             raise ValueError(
                 f"samples come in antithetic pairs: their number must be even and at least 2, got {self.samples}"
@@ -56,9 +57,17 @@ class Settings:
         unknown = [method for method in self.methods or () if method not in TITLES]
         if unknown:
             raise ValueError(f"no method {unknown[0]!r}: there are {', '.join(TITLES)}")
-        for name in self.limits:
+        if self.methods is not None and not self.methods:
+            raise ValueError(f"no methods are named: there are {', '.join(TITLES)}")
+        if self.scale != AUTO and not (
+            isinstance(self.scale, (int, float)) and math.isfinite(self.scale) and self.scale >= 0
+        ):
+            raise ValueError(f"the scale must be {AUTO!r} or a finite number, not negative, got {self.scale!r}")
+        for name, limit in self.limits.items():
             if name not in ("train", "val", "test", "ood"):
                 raise ValueError(f"no split {name!r} to limit: there are train, val, test and ood")
+            if limit < 1:
+                raise ValueError(f"the limit of {name} must be at least 1, got {limit}")
 
     def chosen_methods(self, validated: bool) -> tuple[str, ...]:
         """In the order of tables; all that the data allow, if none are named.

@@ -64,8 +64,7 @@ class Workbench:
     @cached_property
     def evaluator(self) -> Evaluator:
         settings = self.settings
-        evaluator, posterior = load_folder(self.seed_folder(settings.seeds[0]), settings.model, settings.batch_size)
-        self._posteriors[settings.seeds[0]] = posterior
+        evaluator, _ = load_folder(self.seed_folder(settings.seeds[0]), settings.model, settings.batch_size)
         return replace(evaluator, show=self._show)
 
     def seed_folder(self, seed: int) -> Path:
@@ -97,7 +96,8 @@ class Workbench:
         shutil.rmtree(self.seed_folder(seed) / UNFINISHED, ignore_errors=True)
         with self.arithmetic():
             chosen = self._select(seed)
-        task = replace(self.evaluator.task, seed=seed, scale=float(chosen["scale"]))
+        rank = chosen["rank"] if self.settings.choose_rank else None
+        task = replace(self.evaluator.task, seed=seed, scale=float(chosen["scale"]), rank=rank)
         task.save(self.seed_folder(seed))
         write_text(self.seed_folder(seed) / SELECTION_FILE, json.dumps(chosen, indent=1) + "\n")
 
