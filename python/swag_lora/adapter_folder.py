@@ -22,15 +22,17 @@ from .posterior import SwagPosterior
 
 _LORA = re.compile(r"\.(lora_\w+)\.([^.]+)(?=\.|$)")
 _TRAINED = re.compile(r"\.modules_to_save\.([^.]+)(?=\.)")
+_MAGNITUDE = ".lora_magnitude_vector"
 
 
 def adapter_key(name: str) -> str:
     """What PEFT calls the parameter `name` of a model in an adapter file, where there is no name of the adapter.
 
     ``….query.lora_A.default.weight`` is ``….query.lora_A.weight``, and ``….classifier.modules_to_save.default.weight`` is
-    ``….classifier.weight``.
+    ``….classifier.weight``. DoRA's ``….lora_magnitude_vector.default.weight`` is ``….lora_magnitude_vector``.
     """
-    return _TRAINED.sub("", _LORA.sub(r".\1", name))
+    key = _TRAINED.sub("", _LORA.sub(r".\1", name))
+    return key.removesuffix(".weight") if key.endswith(f"{_MAGNITUDE}.weight") else key
 
 
 def adapter_name(layout: Layout) -> str:
@@ -49,6 +51,27 @@ def adapter_name(layout: Layout) -> str:
 def is_lora(name: str) -> bool:
     """Whether that parameter belongs to a LoRA layer's update."""
     return _LORA.search(name) is not None
+
+
+@dataclass(frozen=True)
+class BaseChange:
+    """What in an adapter's configuration has PEFT change the base weights as it makes the adapter.
+
+    `repeats`: PEFT makes the same change again where it loads the adapter onto the base model as it was.
+    """
+
+    option: str
+    repeats: bool
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> BaseChange | None:
+        """That of an ``adapter_config.json``; None if the base weights stay as they are."""
+        given = config.get("init_lora_weights")
+        init = given.lower() if isinstance(given, str) else ""
+        if init.startswith(("pissa", "corda")) or init in ("olora", "loftq", "lora_ga"):
+            # pissa_niter_N is random, corda and lora_ga need the data, and loftq rounds what may differ by a last bit.
+            return cls(f"init_lora_weights={given!r}", init in ("pissa", "olora"))
+        return cls("kasa_config", True) if config.get("kasa_config") else None
 
 
 @dataclass(frozen=True)
@@ -81,14 +104,27 @@ class AdapterFolder:
         """Keys of the tensors that are no LoRA update: those of `modules_to_save`, biases, resized embeddings."""
         return tuple(key for key in self.tensors if ".lora_" not in key)
 
+    def of_letters(self, letters: int) -> str | None:
+        """The first key that belongs to an output head with the rows of that many letters alone, None if none does."""
+        found = (key for key, tensor in self.tensors.items() if tensor.dim() and len(tensor) == letters)
+        return next((key for key in found if ".lora_B." in key or ".lora_" not in key), None)
+
     def keys(self, layout: Layout) -> dict[str, tuple[str, ...]]:
         """For each tensor of `layout` its keys in this adapter: one, and of a tied parameter those of all its names.
 
         A tied parameter is in the posterior once and in the file several times, with the same values.
 
         Raises:
-            ValueError: PEFT does not count a tensor to the adapter, or it has another shape there.
+            ValueError: PEFT does not count a tensor to the adapter, it has another shape there, or the adapter goes with
+                base weights that PEFT changed.
         """
+        change = BaseChange.of(self.config)
+        if change is not None:
+            where = "" if change.repeats else " in the program that trained it"
+            raise ValueError(
+                f"{change.option} changed the weights of the base model, so that on the base model as it was an adapter "
+                f"computes something else: write whole models with --merge (merge=True){where}"
+            )
         found = {name: adapter_key(name) for name in layout.names}
         for (name, key), shape in zip(found.items(), layout.shapes, strict=True):
             if key not in self.tensors:

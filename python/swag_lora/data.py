@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from . import hub
-from .examples import Example, Row, Source, UnknownLabelError, are_choices, build
+from .examples import Example, Row, Source, UnknownLabelError, are_choices, build, hold_out, is_outside
 
 SPLITS = ("train", "val", "test", "oos_test")
 
@@ -38,6 +38,16 @@ class Dataset:
     @property
     def is_choice(self) -> bool:
         return self.labels is None
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether the inputs are pairs of sentences; those of `oos_` splits may differ."""
+        return any(
+            example.text_pair is not None
+            for name, examples in self.splits.items()
+            if not is_outside(name)
+            for example in examples
+        )
 
     def split(self, name: str) -> list[Example]:
         """The examples of a split that has to be there."""
@@ -100,27 +110,6 @@ def load(
     return Dataset(found.name, {name: examples[name] for name in wanted if name in examples}, names)
 
 
-def hold_out(name: str, examples: list[Example], fraction: float) -> tuple[list[Example], list[Example]]:
-    """What stays, and about `fraction` of the examples: those whose text has a small hash, equal texts on one side.
-
-    Raises:
-        ValueError: a fraction outside of (0, 1), or so few examples that a side is empty.
-    """
-    if not 0 < fraction < 1:
-        raise ValueError(f"the fraction of training examples held out must lie between 0 and 1, got {fraction}")
-    limit = fraction * 2**64
-    stay: list[Example] = []
-    held: list[Example] = []
-    for example in examples:
-        digest = hashlib.sha256(json.dumps([example.text, example.text_pair]).encode()).digest()
-        (held if int.from_bytes(digest[:8], "big") < limit else stay).append(example)
-    if not held or not stay:
-        raise ValueError(
-            f"{name}: holding out {fraction:g} of {len(examples)} training examples leaves a split empty: give a val split"
-        )
-    return stay, held
-
-
 def load_outside(source: str | Path, labels: tuple[str, ...] | None = None, *, labelled: bool = True) -> Dataset:
     """Data from elsewhere, to predict with a model of another task: one split, named `test`.
 
@@ -155,7 +144,8 @@ def check_shift(inside: Dataset, outside: Dataset) -> bool:
     They do for the same classes and for multiple choice, not without labels.
 
     Raises:
-        ValueError: other classes, or multiple choice against classification; the message names both.
+        ValueError: other classes, multiple choice against classification, or labels of pairs of sentences against those of
+            single texts; the message names both.
     """
     if inside.is_choice != outside.is_choice:
         kinds = {True: "multiple choice", False: "text classification"}
@@ -165,6 +155,12 @@ def check_shift(inside: Dataset, outside: Dataset) -> bool:
         )
     if all(example.label == -1 for example in outside.split("test")):
         return False
+    if inside.is_paired != outside.is_paired:
+        forms = {True: "pairs of sentences", False: "single texts"}
+        raise ValueError(
+            f"{outside.name} has {forms[outside.is_paired]} and {inside.name} {forms[inside.is_paired]}, so their labels "
+            f"cannot mean the same; {_WITHOUT_LABELS} {outside.name}"
+        )
     if inside.labels is not None and outside.labels is not None and inside.labels != outside.labels:
         raise ValueError(
             f"{outside.name} has other classes than {inside.name} ({_difference(outside.labels, inside.labels)}), so "
@@ -210,7 +206,7 @@ def _read_lines(path: Path) -> Iterator[Row]:
     opener = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield f"{path}:{number}", json.loads(line)
@@ -225,7 +221,7 @@ def _labels_beside(folder: Path) -> tuple[str, ...] | None:
     if not path.exists():
         return None
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))
+        names = json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not JSON: {' '.join(str(error).split())}") from None
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):

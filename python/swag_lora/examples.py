@@ -11,8 +11,11 @@ Every error names the row: the file and the line, or the hub data set, its split
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from string import ascii_uppercase
 from typing import Any
 
@@ -70,17 +73,38 @@ def build(
             raise ValueError(f"{name}: the {split} split is empty")
     if are_choices(next(iter(rows.values()))):
         return {
-            split: [_choice(where, row, labelled and not _is_outside(split)) for where, row in lines]
+            split: [_choice(where, row, labelled and not is_outside(split)) for where, row in lines]
             for split, lines in rows.items()
         }, None
     classes = _classes(name, rows, labels) if labelled else _Classes((), {}, numbers=True)
     paired: dict[bool, bool] = {}
     splits = {}
     for split, lines in rows.items():
-        outside = _is_outside(split)
+        outside = is_outside(split)
         like = paired.setdefault(outside, _has_pair(lines[0][1]))
         splits[split] = [_text(where, row, classes if labelled and not outside else None, like) for where, row in lines]
     return splits, classes.names
+
+
+def hold_out(name: str, examples: list[Example], fraction: float) -> tuple[list[Example], list[Example]]:
+    """What stays, and about `fraction` of the examples: those whose text has a small hash, equal texts on one side.
+
+    Raises:
+        ValueError: a fraction outside of (0, 1), or so few examples that a side is empty.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"the fraction of training examples held out must lie between 0 and 1, got {fraction}")
+    limit = fraction * 2**64
+    stay: list[Example] = []
+    held: list[Example] = []
+    for example in examples:
+        digest = hashlib.sha256(json.dumps([example.text, example.text_pair]).encode()).digest()
+        (held if int.from_bytes(digest[:8], "big") < limit else stay).append(example)
+    if not held or not stay:
+        raise ValueError(
+            f"{name}: holding out {fraction:g} of {len(examples)} training examples leaves a split empty: give a val split"
+        )
+    return stay, held
 
 
 def are_choices(rows: list[Row]) -> bool:
@@ -123,7 +147,13 @@ def _classes(name: str, rows: Mapping[str, list[Row]], labels: tuple[str, ...] |
                     f"split ({found[0][0]}) a {'number' if numbers else 'name'}: use one of both, or add labels.json"
                 )
         if numbers:
-            labels = tuple(str(i) for i in range(1 + max((x for _, x in found if type(x) is int), default=0)))
+            where, largest = max(((w, x) for w, x in found if type(x) is int), key=itemgetter(1), default=("", 0))
+            if largest >= len(rows["train"]):
+                raise ValueError(
+                    f"{where}: the label {largest} makes {largest + 1} classes, more than the train split has examples "
+                    f"({len(rows['train'])}): number the classes from 0, or name all of them in labels.json"
+                )
+            labels = tuple(str(i) for i in range(1 + largest))
         else:
             labels = tuple(sorted({label for _, label in found if isinstance(label, str)}))
     return _Classes(labels, {label: i for i, label in enumerate(labels)}, numbers)
@@ -149,6 +179,8 @@ def _choice(where: str, row: Any, labelled: bool) -> Example:
         raise ValueError(f'{where}: expected {_CHOICE_FORM}: no column "choices"')
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) for c in choices):
         raise ValueError(f'{where}: expected {_CHOICE_FORM}: "choices" is no list of two or more strings')
+    for choice in choices:
+        _check_characters(where, "choices", choice)
     if not labelled:
         return Example(question, -1, tuple(choices))
     if "answer" not in row:
@@ -170,12 +202,25 @@ def _column(where: str, row: Any, column: str, form: str) -> str:
         raise ValueError(f'{where}: expected {form}: no column "{column}"')
     if not isinstance(row[column], str):
         raise ValueError(f'{where}: expected {form}: "{column}" is no string')
+    _check_characters(where, column, row[column])
     return row[column]
+
+
+def _check_characters(where: str, column: str, text: str) -> None:
+    """JSON can say half of a surrogate pair, which is no character; a tokenizer raises a TypeError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f'{where}: "{column}" has {ascii(text[error.start])} as character {error.start + 1}, half of a surrogate '
+            "pair, which no tokenizer reads: write the whole character, or leave it out"
+        ) from None
 
 
 def _has_pair(row: Any) -> bool:
     return isinstance(row, dict) and row.get("text_pair") is not None
 
 
-def _is_outside(split: str) -> bool:
+def is_outside(split: str) -> bool:
+    """Whether a split holds inputs from elsewhere, whose labels are ignored."""
     return split.startswith("oos")

@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from . import checkpoint
-from .adapter_folder import AdapterFolder, adapter_name, load_posterior
+from .adapter_folder import AdapterFolder, BaseChange, adapter_name, load_posterior
 from .drawing import Method, integer
 from .folders import whole_folder
-from .merging import load_model, write_merged
+from .merging import load_model, rows_of_letters, write_merged
 from .posterior import SwagPosterior
 from .tasks import TASK_FILE, Task
 
@@ -61,8 +61,9 @@ def export_samples(
 
     ``PeftModel.load_adapter(output / "seed-0-sample-3", "seed-0-sample-3")`` loads one. PEFT's ``adapter_names`` then runs
     several in one batch, with trained heads that are one linear layer; a head of several layers needs ``set_adapter`` for
-    each. vLLM's multi-LoRA loads them too, unless the manifest's ``vllm.problems`` say why not: it loads no modules that
-    were trained whole, such as a classification head. From a folder no base model is loaded unless `merge` asks for it.
+    each, and so does DoRA. With trained biases (``bias`` other than "none") PEFT allows one adapter at a time. vLLM's
+    multi-LoRA loads them too, unless the manifest's ``vllm.problems`` say why not: it loads no modules that were trained
+    whole, such as a classification head. From a folder no base model is loaded unless `merge` asks for it.
 
     Args:
         posterior: a folder of `SwagPosterior.save_pretrained` (``swag-lora fit`` writes one), or the posterior of a PEFT
@@ -84,8 +85,9 @@ def export_samples(
 
     Raises:
         FileNotFoundError: `posterior` is no folder with a posterior and an adapter.
-        ValueError: nothing to write; `output` holds files that are no export; the base model is not known; a random
-            tensor is none of the adapter's (and not `merge`), which the message names; a quantised base (with `merge`).
+        ValueError: nothing to write; `output` holds files that are no export; the base model is not known; without
+            `merge` a random tensor that is none of the adapter's, or an adapter that changed the base weights when it was
+            made (PiSSA, OLoRA, ...); with `merge` what no plain model holds, as a quantised base, see `write_merged`.
 
     Warns:
         UserWarning: vLLM does not serve these adapters.
@@ -120,36 +122,43 @@ def export_samples(
             "samples": {"number": num_samples, "seed": seed, "first": first, "scale": scale, "method": method},
             "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
             "posterior": source.describe(),
-            "vllm": vllm(source.adapter.config) if not merge else None,
+            "vllm": vllm(source.adapter.config, source.letters_head) if not merge else None,
             "versions": {package: _version(package) for package in ("swag-kernels", "torch", "transformers", "peft")},
             "files": sorted(p.relative_to(staging).as_posix() for p in staging.rglob("*") if p.is_file()),
         }
         (staging / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     if not merge and manifest["vllm"]["problems"]:
-        warnings.warn("vLLM does not serve these adapters: " + "; ".join(manifest["vllm"]["problems"]), stacklevel=2)
+        wayout = "" if source.letters_head else "; --merge writes whole models"
+        if wayout and source.adapter.config.get("lora_bias"):
+            wayout += " where the layers under LoRA have biases of their own"
+        problems = "; ".join(manifest["vllm"]["problems"])
+        warnings.warn(f"vLLM does not serve these adapters: {problems}{wayout}", stacklevel=2)
     return manifest
 
 
-def vllm(config: dict[str, Any]) -> dict[str, Any]:
+def vllm(config: dict[str, Any], letters_head: str | None = None) -> dict[str, Any]:
     """What vLLM needs to serve a LoRA adapter of that configuration: ``max_lora_rank``, and ``problems``, why it does not.
 
     It takes ``r``, ``lora_alpha`` and ``use_rslora`` from ``adapter_config.json`` for one scaling of all modules.
+    `letters_head` is a tensor of the adapter that belongs to a head with the rows of the answers' letters alone.
     """
     problems = []
-    if config.get("modules_to_save"):
+    if letters_head:
+        problems.append(f"its head has the letters' rows alone ({letters_head}): it loads only through swag_lora")
+    elif config.get("modules_to_save"):
         names = ", ".join(config["modules_to_save"])
-        problems.append(
-            f"it loads no modules that were trained whole (modules_to_save: {names}); --merge writes models"
-        )
+        problems.append(f"it loads no modules that were trained whole (modules_to_save: {names})")
+    if change := BaseChange.of(config):
+        problems.append(f"it adds to the base model's weights, which {change.option} changed")
     if config.get("bias", "none") != "none":
-        problems.append(f"it loads no trained biases (bias={config['bias']!r}); --merge writes models")
+        problems.append(f"it loads no trained biases (bias={config['bias']!r})")
     if config.get("lora_bias"):
-        problems.append("it loads no biases of LoRA layers (lora_bias); --merge writes models")
+        problems.append("it loads no biases of LoRA layers (lora_bias)")
     if config.get("use_dora"):
         problems.append("it has no DoRA")
     for pattern in ("rank_pattern", "alpha_pattern"):
         if config.get(pattern):
-            problems.append(f"it scales all modules alike and takes no {pattern}; --merge writes models")
+            problems.append(f"it scales all modules alike and takes no {pattern}")
     rank = max([int(config["r"]), *(config.get("rank_pattern") or {}).values()])
     allowed = [limit for limit in _VLLM_RANKS if limit >= rank]
     if not allowed:
@@ -166,6 +175,7 @@ class _Source:
     base_model: str
     scale: float
     keys: dict[str, tuple[str, ...]] | None
+    letters_head: str | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
 
     def write(self, folder: Path, weights: dict[str, Tensor], dtype: torch.dtype | None) -> None:
@@ -204,7 +214,8 @@ def _source(
             checkpoint.write(posterior, Path(scratch) / "posterior")
             adapter = AdapterFolder.load(Path(scratch) / "posterior")
             keys = None if merge else adapter.keys(posterior.layout)
-            yield _Source(posterior, adapter, _base_model(model, None, adapter), 0.5, keys)
+            head = adapter.of_letters(rows_of_letters(posterior.model))
+            yield _Source(posterior, adapter, _base_model(model, None, adapter), 0.5, keys, head)
         return
     folder = Path(posterior)
     if not folder.is_dir():
@@ -214,11 +225,16 @@ def _source(
     task = Task.load(folder) if (folder / TASK_FILE).is_file() else None
     base = _base_model(model, task, adapter)
     scale = 0.5 if task is None else task.scale
+    rank = None if task is None else task.rank
     if not merge:
-        yield _Source(offline, adapter, base, scale, adapter.keys(offline.layout))
+        offline = offline if rank is None else offline.truncated(rank)
+        head = None if task is None else adapter.of_letters(task.letters)
+        yield _Source(offline, adapter, base, scale, adapter.keys(offline.layout), head)
         return
     peft_model, tokenizer = load_model(adapter, base, adapter_name(offline.layout))
-    yield _Source(SwagPosterior.from_pretrained(peft_model, folder), adapter, base, scale, None, tokenizer)
+    whole = SwagPosterior.from_pretrained(peft_model, folder)
+    whole = whole if rank is None else whole.truncated(rank)
+    yield _Source(whole, adapter, base, scale, keys=None, tokenizer=tokenizer)
 
 
 def _base_model(given: str | os.PathLike[str] | None, task: Task | None, adapter: AdapterFolder) -> str:

@@ -26,7 +26,7 @@ from .sample_axis import leading
 from .stopping import check_tolerance, draws_at_least, is_sure
 
 _MOST = 1024
-_KEPT_SHARE = 4
+KEPT_SHARE = 4
 
 
 class Posterior(Protocol):
@@ -255,7 +255,7 @@ class Predictor:
         weights = self._draw(start, number)
         if self._keeps is None:
             needed, device = _nbytes(weights) / number * self.num_samples, next(iter(weights.values())).device
-            self._keeps = needed * _KEPT_SHARE <= plan.budget(device, self._memory)
+            self._keeps = needed * KEPT_SHARE <= plan.budget(device, self._memory)
         if self._keeps:
             self._kept[start] = weights
         return weights

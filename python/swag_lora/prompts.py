@@ -40,7 +40,7 @@ def read(path: str | Path, kind: str) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"no prompt template {path}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a mark before the text
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: no UTF-8 text: {error}") from None
     return check(text, kind, str(path))

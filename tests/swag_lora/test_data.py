@@ -35,8 +35,16 @@ def test_labels_may_be_names_and_blank_lines_are_skipped(tmp_path):
 
 
 def test_classes_without_names_are_counted(tmp_path):
-    write_lines(tmp_path / "train.jsonl", [{"text": "a", "label": 0}, {"text": "c", "label": 3}])
+    rows = [{"text": "a", "label": label} for label in (0, 3, 0)]
+    write_lines(tmp_path / "train.jsonl", [*rows, rows[0]])
     assert data.load(tmp_path).labels == ("0", "1", "2", "3")
+    write_lines(tmp_path / "train.jsonl", rows)
+    with pytest.raises(
+        ValueError, match=r"train\.jsonl:2: the label 3 makes 4 classes, more .* has examples \(3\).*from 0"
+    ):
+        data.load(tmp_path)
+    (tmp_path / "labels.json").write_text('["a", "b", "c", "d"]')
+    assert data.load(tmp_path).splits["train"][1].label == 3
 
 
 def test_reads_multiple_choice(tmp_path):
@@ -60,6 +68,10 @@ GOOD = {"text": "a", "label": 0}
 BAD_LINES = {
     "not JSON": ["{broken", "test.jsonl:2: not JSON: "],
     "not an object": ["3", "test.jsonl:2: expected"],
+    "half a character": [
+        {"text": "ab\ud83d", "label": 0},
+        "test.jsonl:2: \"text\" has '\\ud83d' as character 3, half of a surrogate pair",
+    ],
     "no text": [{"label": 0}, 'test.jsonl:2: expected {"text": string, "label": ...}: no column "text"'],
     "text a number": [
         {"text": 5, "label": 0},
@@ -97,6 +109,8 @@ BAD_QUESTIONS = {
     "no answer": [{"question": "q", "choices": ["a", "b"]}, "expected"],
     "choices no list": [{**QUESTION, "choices": "ab"}, "expected"],
     "choice a number": [{**QUESTION, "choices": ["a", 1]}, "expected"],
+    "half a character": [{**QUESTION, "question": "\udc00"}, "\"question\" has '\\udc00' as character 1"],
+    "choice half a character": [{**QUESTION, "choices": ["a", "b\ud800"]}, "\"choices\" has '\\ud800' as character 2"],
     "answer too large": [{**QUESTION, "answer": 2}, "unknown answer 2; it must be in 0..1 or A..B"],
     "answer negative": [{**QUESTION, "answer": -1}, "unknown answer -1"],
     "letter too large": [{**QUESTION, "answer": "C"}, "unknown answer 'C'; it must be in 0..1 or A..B"],
@@ -127,6 +141,9 @@ def test_reads_pairs(tmp_path):
     dataset = data.load(tmp_path)
     assert dataset.splits["train"] == [Example("a", 0, text_pair="b"), Example("a", 0, text_pair="")]
     assert dataset.splits["oos_test"] == [Example("alone", -1)]
+    write_lines(tmp_path / "val.jsonl", [{**pair, "text": "\U0001f600"}, {**pair, "text_pair": "\ud83d"}])
+    with pytest.raises(ValueError, match=r"val\.jsonl:2: \"text_pair\" has '\\ud83d' as character 1"):
+        data.load(tmp_path)
     write_lines(tmp_path / "val.jsonl", [{"text": "a", "label": "x"}])
     with pytest.raises(ValueError, match=r'val\.jsonl:1: no column "text_pair", unlike the rows before it'):
         data.load(tmp_path)
@@ -263,6 +280,44 @@ def test_shift_between_kinds(tmp_path):
             data.check_shift(inside, data.load_outside(colors, labelled=labelled))
         with pytest.raises(ValueError, match="questions is multiple choice and .*colors text classification"):
             data.check_shift(data.load(colors), data.load_outside(questions, COLORS, labelled=labelled))
+
+
+def test_shift_between_pairs_and_single_texts(tmp_path):
+    """Their labels mean different things; the inputs alone can be told from each other."""
+    rows = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
+    forms = {"single texts": rows, "pairs of sentences": [{**row, "text_pair": "c"} for row in rows]}
+    for form, lines in forms.items():
+        write_lines(tmp_path / form / "train.jsonl", lines)
+    inside = {form: data.load(tmp_path / form) for form in forms}
+    for one, other in (("single texts", "pairs of sentences"), ("pairs of sentences", "single texts")):
+        shifted = outside(tmp_path, forms[other], labels=inside[one].labels)
+        with pytest.raises(
+            ValueError, match=rf"out\.jsonl has {other} and .*/{one} {one}, so their.*unlabelled .*out\.jsonl"
+        ):
+            data.check_shift(inside[one], shifted)
+        assert data.check_shift(inside[one], outside(tmp_path, forms[one], labels=inside[one].labels))
+        for unlabelled in (
+            outside(tmp_path, forms[other], labels=inside[one].labels, labelled=False),
+            outside(tmp_path, [{**row, "label": -1} for row in forms[other]], labels=inside[one].labels),
+        ):
+            assert data.check_shift(inside[one], unlabelled) is False
+
+
+def test_outside_texts_beside_pairs_leave_them_pairs(tmp_path):
+    write_lines(tmp_path / "train.jsonl", [{"text": "a", "text_pair": "b", "label": 0}])
+    write_lines(tmp_path / "oos_test.jsonl", [{"text": "a"}])
+    assert data.load(tmp_path).is_paired
+    assert not data.load(save_colors(tmp_path / "colors")).is_paired
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    save_colors(tmp_path)
+    plain = data.load(tmp_path)
+    for name in ("train.jsonl", "labels.json"):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+    texts = gzip.decompress((tmp_path / "oos_test.jsonl.gz").read_bytes())
+    (tmp_path / "oos_test.jsonl.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + texts))
+    assert data.load(tmp_path) == plain
 
 
 def test_damaged_files_are_named(tmp_path):

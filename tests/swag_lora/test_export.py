@@ -2,11 +2,11 @@ import argparse
 import copy
 import json
 import os
-from dataclasses import replace
 
 import pytest
 import torch
 import transformers as hf
+from encoder_models import PROMPT_WORDS, save_tokenizer
 from language_models import BUILD
 from peft import LoraConfig, PeftModel, get_peft_model
 from posterior_models import step, tiny_base, tiny_peft
@@ -16,6 +16,8 @@ from tiny_models import FAMILIES
 
 from swag_lora import SampledModel, SwagPosterior
 from swag_lora.adapter_folder import AdapterFolder, load_posterior
+from swag_lora.data import Dataset
+from swag_lora.examples import Example
 from swag_lora.export import MANIFEST_NAME, export_samples, vllm
 from swag_lora.tasks import Task
 from swag_lora.transfer_cli import export_arguments, run_export
@@ -37,13 +39,33 @@ def saved_base(tmp_path, base):
     return type(base).from_pretrained(tmp_path / "base").eval()
 
 
-def decoder(tmp_path, **options):
+def decoder(tmp_path, build=BUILD["llama"], **options):
     """A posterior of LoRA tensors alone, in a folder, with a batch."""
-    base = saved_base(tmp_path, BUILD["llama"]())
+    base = saved_base(tmp_path, build())
     config = {"task_type": "CAUSAL_LM", "r": 3, "target_modules": ["q_proj", "v_proj", "down_proj"], **options}
     posterior = collected(get_peft_model(base, LoraConfig(**config)))
     posterior.save_pretrained(tmp_path / "posterior")
     return posterior, {"input_ids": torch.randint(3, 50, (2, 6))}
+
+
+def tied_llama():
+    base = BUILD["llama"]()
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    return base
+
+
+def letters(tmp_path, train_head=False, targets=("q_proj", "v_proj")):
+    """A posterior of a task whose model has the rows of five letters for a head, in a folder, and the task."""
+    base = saved_base(tmp_path, BUILD["llama"]())
+    save_tokenizer(tmp_path / "base", {"unk_token": "[UNK]", "pad_token": "[PAD]"}, PROMPT_WORDS)
+    data = Dataset("questions", {"train": [Example("which is red ?", 1, ("sky", "sea"))]}, None)
+    task = Task.of(tmp_path / "base", data, 64, 0, train_head=train_head)
+    posterior = collected(task.peft_model(task.tokenizer(), LoraConfig(r=2, target_modules=list(targets))))
+    posterior.save_pretrained(tmp_path / "posterior")
+    task.save(tmp_path / "posterior")
+    assert base.config.vocab_size > len(posterior.model.get_base_model().get_output_embeddings().weight) == 5
+    return posterior, task
 
 
 def classifier(tmp_path):
@@ -65,6 +87,16 @@ def loaded(base, out, names):
     for name in names[1:]:
         model.load_adapter(out / name, name)
     return model.eval()
+
+
+@torch.no_grad()
+def logits_at(posterior, sample, batch):
+    """The model's with that sample in its parameters, for layers that `SampledModel` does not run."""
+    model = copy.deepcopy(posterior.model)
+    own = dict(model.named_parameters())
+    for name, value in sample.items():
+        own[name].copy_(value)
+    return model(**batch).logits
 
 
 def tensors(folder):
@@ -178,6 +210,11 @@ def test_the_files_are_what_vllm_reads(tmp_path):
         ({"use_dora": True}, "DoRA"),
         ({"rank_pattern": {"q_proj": 64}}, "rank_pattern"),
         ({"alpha_pattern": {"q_proj": 64}}, "alpha_pattern"),
+        *[
+            ({"init_lora_weights": init}, f"'{init}' changed")
+            for init in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga")
+        ],
+        ({"kasa_config": {"beta": 0.1}}, "kasa_config changed"),
         ({"r": 1024}, "1024"),
     ],
 )
@@ -185,6 +222,11 @@ def test_what_vllm_does_not_serve_is_said(option, word):
     found = vllm({"r": 16, "lora_alpha": 32, "bias": "none", **option})
     assert len(found["problems"]) == 1 and word in found["problems"][0]
     assert found["max_lora_rank"] == {"rank_pattern": 64, "r": None}.get(next(iter(option)), 16)
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", "mica"])
+def test_other_ways_to_begin_leave_the_base_as_it_is(init):
+    assert vllm({"r": 16, "lora_alpha": 32, "bias": "none", "init_lora_weights": init})["problems"] == []
 
 
 def test_sample_k_is_the_same_whatever_else_is_exported(tmp_path):
@@ -227,11 +269,8 @@ def test_tensors_that_are_not_random_are_the_adapters_own(tmp_path):
 
 
 def test_a_tied_parameter_is_written_under_all_its_names(tmp_path):
-    base = BUILD["llama"]()
-    base.config.tie_word_embeddings = True
-    base.tie_weights()
     config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)
-    posterior = collected(get_peft_model(base, config))
+    posterior = collected(get_peft_model(tied_llama(), config))
     export_samples(posterior, tmp_path / "out", 1, model="base")
     out = tensors(tmp_path / "out" / "seed-0-sample-0")
     [name] = (name for name in posterior.layout.names if "embed_tokens" in name)
@@ -281,13 +320,121 @@ def test_a_model_that_answers_with_letters_gets_its_whole_head_back(tmp_path):
     merged = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "seed-0-sample-0").eval()
     expected = SampledModel(posterior.model, posterior.draw(1))(**batch).logits[0]
     torch.testing.assert_close(merged(**batch).logits, expected, rtol=1e-5, atol=1e-5)
-    trained = collected(
-        get_peft_model(BUILD["llama"](), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
-    )
-    trained.save_pretrained(tmp_path / "trained")
-    replace(task, train_head=True).save(tmp_path / "trained")
-    with pytest.raises(ValueError, match="letters alone.*export adapters instead"):
-        export_samples(tmp_path / "trained", tmp_path / "more", 1, merge=True)
+
+
+@torch.no_grad()
+def test_a_posterior_that_answers_with_letters_is_merged_from_its_folder_alone(tmp_path):
+    posterior, _ = letters(tmp_path)
+    assert export_samples(posterior, tmp_path / "adapters", 1)["vllm"]["problems"] == []
+    with pytest.raises(ValueError, match=r"letters alone.*swag-lora export FOLDER --merge"):
+        export_samples(posterior, tmp_path / "out", 1, merge=True)
+    export_samples(tmp_path / "posterior", tmp_path / "out", 1, merge=True)
+    merged = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "seed-0-sample-0")
+    assert len(merged.lm_head.weight) == merged.config.vocab_size
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("train_head, targets", [(True, ["q_proj"]), (False, ["q_proj", "lm_head"])])
+def test_a_changed_head_of_letters_is_named(tmp_path, train_head, targets):
+    posterior, task = letters(tmp_path, train_head, targets)
+    for source in (tmp_path / "posterior", posterior):
+        with pytest.warns(UserWarning, match="does not serve") as caught:
+            manifest = export_samples(source, tmp_path / "out", 1)
+        [warning] = [str(w.message) for w in caught if "does not serve" in str(w.message)]
+        [problem] = manifest["vllm"]["problems"]
+        assert warning.endswith(problem) and "letters' rows alone" in problem and "lm_head" in problem
+        assert "only through swag_lora" in problem and "--merge" not in warning
+    with pytest.raises(ValueError, match=r"lm_head\S* belongs to a head with rows for the answers' letters") as caught:
+        export_samples(tmp_path / "posterior", tmp_path / "more", 1, merge=True)
+    assert "export adapters" not in str(caught.value) and "without --train-head" in str(caught.value)
+    with pytest.raises(ValueError, match="letters alone"):
+        export_samples(posterior, tmp_path / "more", 1, merge=True)
+    sample = tmp_path / "out" / "seed-0-sample-0"
+    base, _ = task.base_model(task.tokenizer())
+    batch = {"input_ids": torch.randint(3, 20, (2, 6))}
+    expected = SampledModel(posterior.model, posterior.draw(1))(**batch).logits[0]
+    through = PeftModel.from_pretrained(base, sample).eval()(**batch).logits
+    torch.testing.assert_close(through, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        PeftModel.from_pretrained(fresh(hf.LlamaForCausalLM, tmp_path), sample)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_lora_on_tied_weights_is_not_merged(tmp_path, target):
+    posterior, batch = decoder(tmp_path, tied_llama, target_modules=["q_proj", target])
+    for source in (tmp_path / "posterior", posterior):
+        with pytest.raises(ValueError, match=rf"{target}, which has LoRA, is tied to .*export adapters instead"):
+            export_samples(source, tmp_path / "out", 1, merge=True)
+    export_samples(tmp_path / "posterior", tmp_path / "out", 1, seed=3)
+    model = loaded(fresh(hf.LlamaForCausalLM, tmp_path), tmp_path / "out", NAMES[:1])
+    expected = logits_at(posterior, posterior.draw(1, seed=3).sample(0), batch)
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_lora_on_a_head_that_is_not_tied_is_merged(tmp_path):
+    posterior, batch = decoder(tmp_path, target_modules=["q_proj", "lm_head", "embed_tokens"])
+    export_samples(tmp_path / "posterior", tmp_path / "out", 1, merge=True)
+    merged = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "seed-0-sample-0").eval()
+    expected = logits_at(posterior, posterior.draw(1).sample(0), batch)
+    torch.testing.assert_close(merged(**batch).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("init, repeats", [("pissa", True), ("olora", True), ("pissa_niter_2", False)])
+def test_an_adapter_that_changed_the_base_is_written_as_whole_models_alone(tmp_path, init, repeats):
+    posterior, batch = decoder(tmp_path, init_lora_weights=init)
+    where = "" if repeats else " in the program that trained it"
+    for source in (tmp_path / "posterior", posterior):
+        with pytest.raises(
+            ValueError, match=rf"{init}.*changed the weights of the base.*--merge \(merge=True\){where}$"
+        ):
+            export_samples(source, tmp_path / "out", 1)
+    assert not (tmp_path / "out").exists()
+    expected = SampledModel(posterior.model, posterior.draw(1))(**batch).logits[0]
+    for source in (tmp_path / "posterior", posterior):
+        if source != posterior and not repeats:
+            with pytest.raises(ValueError, match=f"{init}.*PEFT does not repeat.*in the program that trained it"):
+                export_samples(source, tmp_path / "out", 1, merge=True)
+            continue
+        export_samples(source, tmp_path / "out", 1, merge=True, model=tmp_path / "base")
+        merged = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "seed-0-sample-0").eval()
+        torch.testing.assert_close(merged(**batch).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_biases_of_lora_layers_are_merged_where_there_is_a_bias(tmp_path):
+    posterior, _ = decoder(tmp_path, lora_bias=True)
+    with pytest.warns(UserWarning, match=r"\(lora_bias\); --merge writes whole models where .* biases of their own$"):
+        export_samples(posterior, tmp_path / "out", 1)
+    for source in (tmp_path / "posterior", posterior):
+        with pytest.raises(ValueError, match=r"q_proj has a bias \(lora_bias\).*none.*export adapters instead"):
+            export_samples(source, tmp_path / "out", 1, merge=True)
+    model = FAMILIES["roberta"].lora(lora_bias=True)
+    posterior, batch = collected(model), FAMILIES["roberta"].batch(3, "right")
+    export_samples(posterior, tmp_path / "out", 1, merge=True, model="base")
+    merged = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "seed-0-sample-0").eval()
+    expected = SampledModel(posterior.model, posterior.draw(1))(**batch).logits[0]
+    torch.testing.assert_close(merged(**batch).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("source", ["folder", "posterior"])
+def test_dora_comes_along(tmp_path, source):
+    posterior, batch = decoder(tmp_path, use_dora=True)
+    with pytest.warns(UserWarning, match="it has no DoRA; --merge"):
+        export_samples(tmp_path / "posterior" if source == "folder" else posterior, tmp_path / "out", 2, seed=3)
+    weights = posterior.draw(2, seed=3)
+    model = loaded(fresh(hf.LlamaForCausalLM, tmp_path), tmp_path / "out", NAMES[:2])
+    held = dict(model.named_parameters())
+    assert sum("lora_magnitude_vector" in name for name in weights) == 6
+    for k, name in enumerate(NAMES[:2]):
+        for parameter, value in weights.sample(k).items():
+            assert torch.equal(held[parameter.replace(".default.", f".{name}.")], value)
+        model.set_adapter(name)
+        expected = logits_at(posterior, weights.sample(k), batch)
+        torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_random_base_weights_need_whole_models(tmp_path):
@@ -428,7 +575,7 @@ def test_a_posterior_without_its_model_draws_the_same(tmp_path):
 
 def test_the_command(tmp_path, capsys):
     posterior, _ = classifier(tmp_path)
-    Task(str(tmp_path / "base"), ("a", "b", "c"), scale=2.0).save(tmp_path / "posterior")
+    Task(str(tmp_path / "base"), ("a", "b", "c"), scale=2.0, rank=3).save(tmp_path / "posterior")
     parser = argparse.ArgumentParser()
     export_arguments(parser)
     options = ["--num-samples", "1", "--first", "3", "--seed", "5", "--dtype", "float16", "--method", "iid"]
@@ -436,5 +583,12 @@ def test_the_command(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "1 adapter of" in said and "seed-5-sample-3" in said and said.count("warning: vLLM does not serve") == 1
     out = tensors(tmp_path / "out" / "seed-5-sample-3")
+    posterior = posterior.truncated(3)  # as the task says
     drawn = posterior.draw(1, seed=5, first=3, scale=2.0, method="iid", dtype=torch.float16)
     assert all(torch.equal(out[plain_key(name)], value[0]) for name, value in drawn.items())
+    run_export(
+        parser.parse_args([str(tmp_path / "posterior"), "--output", str(tmp_path / "merged"), *options, "--merge"])
+    )
+    name = next(name for name in drawn.layout.names if "classifier.modules_to_save" in name and name.endswith("weight"))
+    head = load_file(tmp_path / "merged" / "seed-5-sample-3" / "model.safetensors")["classifier.weight"]
+    assert torch.equal(head, drawn[name][0])

@@ -198,6 +198,24 @@ def test_frozen_weights_beside_trained_biases_are_left_out(tmp_path):
     assert any("4 frozen base weights" in note for note in found["notes"])
 
 
+def test_dora_s_magnitudes_come_along(tmp_path):
+    torch.manual_seed(0)
+    model = tiny_peft(use_dora=True)
+    base = tiny_base()
+    own = model.get_base_model().state_dict()
+    frozen = {key.replace(".base_layer", "").replace("original_module.", ""): value for key, value in own.items()}
+    base.load_state_dict({key: frozen[key] for key in base.state_dict()})
+    swag = SWAG(model, no_cov_mat=False, max_num_models=RANK)
+    train(swag, model)
+    import_run(save_run(tmp_path / "run", swag, model), tmp_path / "out")
+    posterior = reload(tmp_path / "out", base)
+    assert sum("lora_magnitude_vector" in name for name in posterior.layout.names) == 4
+    batch = {"input_ids": torch.randint(20, (3, 7))}
+    swag.eval().sample(0.0)
+    with torch.no_grad():
+        torch.testing.assert_close(posterior.model.eval()(**batch).logits, swag(**batch).logits)
+
+
 def test_an_older_adapter_file_and_another_adapter_name(tmp_path):
     model = tiny_peft(adapter="task")
     swag = SWAG(model, no_cov_mat=False, max_num_models=RANK)

@@ -351,6 +351,12 @@ def test_bad_templates_are_named(home, tmp_path, name, dataset, text, message):
     assert message in str(caught.value) and "prompt.txt:" in str(caught.value)
 
 
+def test_a_template_with_a_byte_order_mark(home, tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"\xef\xbb\xbf{question}\n{choices}\nAnswer:")
+    assert Task.of(home / "gpt2", CHOICE, 64, 0, template=file).template == "{question}\n{choices}\nAnswer:"
+
+
 def test_a_template_that_is_not_there(home, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no prompt template .*nowhere\.txt"):
         Task.of(home / "bert", TEXTS, 64, 0, template=tmp_path / "nowhere.txt")
