@@ -69,8 +69,8 @@ def check(results: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def bench_classification(folder, tmp_path):
     """Emotions of Reddit comments, clinc150's out-of-scope queries as inputs from elsewhere."""
-    limit = "train=400,val=120,test=300,ood=120"
-    recipe = ["--epochs", "8", "--start", "0.5", "--limit", limit]
+    limit = "train=800,val=120,test=300,ood=120"
+    recipe = ["--epochs", "10", "--start", "0.5", "--limit", limit]
     test = check(reproduced(tmp_path / "run", "--data", str(folder / "goemotions4"), *recipe))
     assert all(found["accuracy"] > 0.4 and found["nll"] < math.log(4) for found in test.values())
     assert {path.name for path in (tmp_path / "run/figures").iterdir()} >= {"reliability.png", "risk-coverage.png"}
