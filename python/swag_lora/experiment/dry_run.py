@@ -44,7 +44,7 @@ def show(folder: str | Path, settings: Settings) -> dict[str, int | None]:
     console = Console(highlight=False, markup=False, soft_wrap=True)
     recipe, sizes = settings.recipe, {name: len(split) for name, split in sources.splits().items()}
     train, val = sources.inside.split("train"), sources.inside.splits.get("val", [])
-    steps = math.ceil(len(train) / recipe.batch_size)
+    steps = recipe.steps_per_epoch(len(train))
     tail = recipe.collections * (recipe.every or steps)
     console.print(f"{settings.model}: {task.kind}, seeds {', '.join(map(str, settings.seeds))}")
     console.print(f"{len(train)} training and {len(val)} validation examples; predicts " + _listed(sizes))

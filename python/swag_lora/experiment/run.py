@@ -19,6 +19,7 @@ from ..checkpoint import POSTERIOR_NAME
 from ..evaluator import Evaluator
 from ..files import write_text
 from ..fit import fit
+from ..positions import capacity
 from ..pretrained import load_config
 from ..tasks import Task
 from . import report, style
@@ -98,9 +99,11 @@ def prepare(settings: Settings) -> tuple[Sources, Task, tuple[str, ...]]:
     tokenizer, model = task.tokenizer(), nn.Module()
     if not hasattr(load_config(task.model), "quantization_config"):  # quantised weights do not load without a device
         model = task.peft_model(tokenizer, settings.recipe.lora(), device="meta")
-    evaluator = Evaluator(task, model, tokenizer)
-    for examples in (*sources.inside.splits.values(), *sources.splits().values()):
-        evaluator.encode(examples)
+    most = capacity(model)
+    if most is not None and settings.max_length > most:
+        evaluator = Evaluator(task, model, tokenizer)
+        for examples in (*sources.inside.splits.values(), *sources.splits().values()):
+            evaluator.encode(examples)
     return sources, task, methods
 
 
